@@ -1,11 +1,11 @@
 """Mono-InternVL and Mono-InternVL-1.5: one decoder-only transformer that reads image patches and text.
 
-Read top to bottom: configuration, vision embedding, routing and the modality mixture-of-experts, attention and the
-decoder layer, the whole model with loading, saving and generation.
+Read top to bottom: configuration, vision embedding, routing and the modality mixture-of-experts, the decoder,
+the whole model with generation, loading and saving.
 
 Sources: [v1] arXiv 2410.08202, [v1.5] arXiv 2507.12566, [repo] the official code (OpenGVLab/Mono-InternVL),
-[ours] our choice where those are silent. Shapes: B rows, T tokens, D hidden size, H heads, KV key/value heads,
-hd head size, V vocabulary, S tile side in pixels, N = B·T tokens of the batch laid end to end.
+[ours] our choice where those are silent. Shapes: B rows, T tokens, D hidden size, H heads, KV key/value
+heads, hd head size, V vocabulary, S tile side in pixels, N = B·T tokens of the batch laid end to end.
 """
 import json
 import os
@@ -20,17 +20,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 
 class InputError(ValueError):
-    """Something that a user gave (a file, a flag, a tensor) does not fit. The message says what to do; scripts print it."""
+    """A file, flag or tensor that a user gave does not fit. Scripts print the message: it says what to do."""
 
 
 # ---------------------------------------------------------------- configuration
 
 @dataclass
 class MonoInternVLConfig:
-    """Every size of the model; the defaults are Mono-InternVL-2B. Files use the official nested config.json."""
+    """Every size of the model; the defaults are Mono-InternVL-2B. Files nest them as the official ones do."""
     vocab_size: int = 92553
     hidden_size: int = 2048
     intermediate_size: int = 8192
@@ -44,7 +45,7 @@ class MonoInternVLConfig:
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int = 2
-    attn_experts: str = ""                        # attention projections with a visual copy: "" [v1], "qkv" or "qkvo"
+    attn_experts: str = ""                        # projections with a visual copy: "" [v1], "qkv" or "qkvo"
     vision_hidden_size: int = 1024                # channels of the patch embedding, before pixel shuffle
     num_channels: int = 3
     patch_size: int = 14
@@ -53,29 +54,30 @@ class MonoInternVLConfig:
     min_dynamic_patch: int = 1                    # tiles of one image: fewest ...
     max_dynamic_patch: int = 12                   # ... and most, the thumbnail not counted
     use_thumbnail: bool = True
-    img_context_token_id: int | None = None       # <IMG_CONTEXT>, the placeholder of one visual token (from the tokenizer)
+    img_context_token_id: int | None = None       # <IMG_CONTEXT>, holds the place of one visual token
 
     def __post_init__(self):
-        for f, expected in zip(fields(self), typing.get_type_hints(type(self)).values()):
-            value = getattr(self, f.name)
+        for name, expected in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
             if expected is float and type(value) is int:
                 value = float(value)
-                setattr(self, f.name, value)
+                setattr(self, name, value)
             allowed = typing.get_args(expected) or (expected,)
             if type(value) not in allowed:        # exact types: True is no number of layers
-                raise InputError(f"config field {f.name} is {value!r} ({type(value).__name__}), "
+                raise InputError(f"config field {name} is {value!r} ({type(value).__name__}), "
                                  f"expected {' or '.join(t.__name__ for t in allowed)}")
-            if type(value) in (int, float) and value < (0 if f.name.endswith("token_id") else 1e-12):
-                raise InputError(f"config field {f.name} is {value}, expected a positive number")
+            if type(value) in (int, float) and value < (0 if name.endswith("token_id") else 1e-12):
+                raise InputError(f"config field {name} is {value}, expected a positive number")
         if self.attn_experts not in ("", "qkv", "qkvo"):
-            raise InputError(f"config field attn_experts is {self.attn_experts!r}, expected '', 'qkv' or 'qkvo'")
+            raise InputError(f"config field attn_experts is {self.attn_experts!r}, "
+                             "expected '', 'qkv' or 'qkvo'")
         if self.rope_scaling is not None:
             kind, factor = self.rope_scaling.get("type"), self.rope_scaling.get("factor")
             if kind not in ("linear", "dynamic") or not isinstance(factor, (int, float)) or factor < 1:
                 raise InputError(f"config field rope_scaling is {self.rope_scaling}, expected null or "
                                  '{"type": "linear" or "dynamic", "factor": a number >= 1}')
-        for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"),
-                            ("image_size", "patch_size")):
+        for whole, part in (("hidden_size", "num_attention_heads"),
+                            ("num_attention_heads", "num_key_value_heads"), ("image_size", "patch_size")):
             if getattr(self, whole) % getattr(self, part):
                 raise InputError(f"config field {whole} = {getattr(self, whole)} is not a multiple of "
                                  f"{part} = {getattr(self, part)}")
@@ -106,15 +108,15 @@ class MonoInternVLConfig:
 
     @property
     def context_length(self) -> int:
-        """Most positions of one row: RoPE scaling by a factor stretches the trained positions by that factor."""
+        """Most tokens of one row: RoPE scaling stretches the trained positions by its factor."""
         return int(self.max_position_embeddings * (self.rope_scaling["factor"] if self.rope_scaling else 1))
 
-    # the official config.json nests some fields: our name -> the path there
-    _PATHS = {**{name: ("llm_config", name) for name in (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps "
-        "rope_theta rope_scaling max_position_embeddings bos_token_id eos_token_id pad_token_id attn_experts").split()},
-        "vision_hidden_size": ("vision_config", "hidden_size"), "image_size": ("vision_config", "image_size"),
-        "patch_size": ("vision_config", "patch_size"), "num_channels": ("vision_config", "num_channels")}
+    # the official config.json nests these fields: our name -> the path there
+    _PATHS = {"vision_hidden_size": ("vision_config", "hidden_size")}
+    _PATHS |= {name: ("vision_config", name) for name in ("num_channels", "patch_size", "image_size")}
+    _PATHS |= {name: ("llm_config", name) for name in """vocab_size hidden_size intermediate_size
+        num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps rope_theta rope_scaling
+        max_position_embeddings bos_token_id eos_token_id pad_token_id attn_experts""".split()}
 
     @classmethod
     def from_json(cls, path: str | Path) -> "MonoInternVLConfig":
@@ -129,24 +131,27 @@ class MonoInternVLConfig:
                 values[f.name] = node
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "vision_hidden_size"):
             if name not in values:
-                raise InputError(f"{path}: no field {'.'.join(cls._PATHS[name])}; is this a Mono-InternVL folder?")
+                field = ".".join(cls._PATHS[name])
+                raise InputError(f"{path}: no field {field}; is this a Mono-InternVL folder?")
         llm = official["llm_config"]
         for name, supported in (("hidden_act", "silu"), ("bias", False), ("tie_word_embeddings", False)):
             if llm.get(name, supported) != supported:
-                raise InputError(f"{path}: llm_config.{name} = {llm[name]!r} is not supported, only {supported!r}")
-        if official.get("ps_version", "v2") != "v2" or official.get("force_image_size", values.get("image_size")) \
-                != values.get("image_size"):
-            raise InputError(f"{path}: only ps_version 'v2' with force_image_size = vision_config.image_size is supported")
+                raise InputError(f"{path}: llm_config.{name} = {llm[name]!r}, supported is {supported!r}")
         try:
-            return cls(**values)
+            config = cls(**values)
         except InputError as e:
             raise InputError(f"{path}: {e}") from None
+        for name, supported in (("ps_version", "v2"), ("force_image_size", config.image_size)):
+            if official.get(name, supported) != supported:
+                raise InputError(f"{path}: {name} = {official[name]!r}, supported is {supported!r}")
+        return config
 
     def to_json(self) -> str:
-        official = {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "template": "internlm2-chat",
-                    "ps_version": "v2", "select_layer": -1, "dynamic_image_size": True, "force_image_size": self.image_size,
-                    "llm_config": {"architectures": ["InternLM2VEForCausalLM"], "model_type": "internlm2", "bias": False,
-                                   "hidden_act": "silu", "tie_word_embeddings": False},
+        official = {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat",
+                    "template": "internlm2-chat", "ps_version": "v2", "select_layer": -1,
+                    "dynamic_image_size": True, "force_image_size": self.image_size,
+                    "llm_config": {"architectures": ["InternLM2VEForCausalLM"], "model_type": "internlm2",
+                                   "bias": False, "hidden_act": "silu", "tie_word_embeddings": False},
                     "vision_config": {"model_type": "intern_vit_patch"}}
         for name, value in asdict(self).items():
             path = self._PATHS.get(name, (name,))
@@ -166,28 +171,28 @@ def _read_json(path: str | Path) -> dict:
 # ---------------------------------------------------------------- vision embedding: pixels to visual tokens
 
 class VisionEmbedding(nn.Module):
-    """Patch embedding + learned 2-D positions. All that is left of a vision tower: no transformer layer [v1, section 3.1]."""
+    """Patches + learned 2-D positions: all that is left of a vision tower, no transformer layer [v1, 3.1]."""
 
     def __init__(self, c: MonoInternVLConfig):
         super().__init__()
-        self.grid = c.image_size // c.patch_size
-        # The official checkpoints keep a class token in position slot 0. It is dropped right after the embedding,
-        # so nothing here computes it; the parameter stays for the file format.
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, c.vision_hidden_size) * 0.02)
-        self.position_embedding = nn.Parameter(torch.randn(1, 1 + self.grid ** 2, c.vision_hidden_size) * 0.02)
-        self.patch_embedding = nn.Conv2d(c.num_channels, c.vision_hidden_size, c.patch_size, stride=c.patch_size)
+        self.grid, width = c.image_size // c.patch_size, c.vision_hidden_size
+        # The official model embeds a class token (position slot 0) and drops it at once. Nothing computes it
+        # here; the parameter stays for the file format.
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.position_embedding = nn.Parameter(torch.randn(1, 1 + self.grid ** 2, width) * 0.02)
+        self.patch_embedding = nn.Conv2d(c.num_channels, width, c.patch_size, stride=c.patch_size)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         """(n_tiles, 3, S, S) -> (n_tiles, Dv, S/patch, S/patch)"""
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        positions = self.position_embedding[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (1, Dv, g, g)
+        positions = self.position_embedding[:, 1:].mT.unflatten(2, (self.grid, self.grid))  # (1, Dv, g, g)
         if patches.shape[-2:] != positions.shape[-2:]:
-            positions = F.interpolate(positions.float(), patches.shape[-2:], mode="bicubic", align_corners=False)
+            positions = F.interpolate(positions.float(), patches.shape[-2:], mode="bicubic")
         return patches + positions.to(patches.dtype)
 
 
-def pixel_shuffle(x: torch.Tensor, r: int) -> torch.Tensor:
-    """(n, C, h, w) -> (n, h/r · w/r, r²·C): every r×r square of patches becomes one token [repo, ps_version v2]."""
+def pixel_shuffle(x: Tensor, r: int) -> Tensor:
+    """(n, C, h, w) -> (n, h/r · w/r, r²·C): each r×r square of patches is one token [repo, ps_version v2]."""
     n, c, h, w = x.shape
     x = x.view(n, c, h // r, r, w // r, r)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // r) * (w // r), r * r * c)
@@ -196,15 +201,15 @@ def pixel_shuffle(x: torch.Tensor, r: int) -> torch.Tensor:
 # ---------------------------------------------------------------- routing and the modality mixture-of-experts
 
 class Routing:
-    """Which expert each token goes to: a static rule, no learned gate. Built once per forward pass, shared by all layers.
+    """Which expert each token goes to: a static rule, no learned gate. One per forward pass, for all layers.
 
-    rows    (N,) int64: numbers of the text tokens, then of the visual tokens, then of the pads, each in reading order
+    rows    (N,) int64: numbers of the text tokens, of the visual tokens, of the pads, each in reading order
     counts  (2,) int64: how many text and how many visual tokens
-    Both live on the device of the mask and are made without a device→host sync. Pads go to no expert: their outputs
-    are zero and cost nothing.
+    Both live on the device of the mask and are made without a device→host sync. Pads go to no expert: their
+    outputs are zero and cost nothing.
     """
 
-    def __init__(self, visual: torch.Tensor, attention_mask: torch.Tensor | None = None, backend: str = "auto"):
+    def __init__(self, visual: Tensor, attention_mask: Tensor | None = None, backend: str = "auto"):
         """visual (B, T) bool: True at <IMG_CONTEXT>; attention_mask (B, T): 1 = real token, 0 = pad."""
         if backend not in ("auto", "dense", "torch"):
             raise InputError(f"unknown MoE back end {backend!r}; choose auto, dense or torch")
@@ -217,35 +222,36 @@ class Routing:
         self.counts = torch.stack([(expert == 0).sum(), (expert == 1).sum()])
 
     @cached_property
-    def split(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(text rows, visual rows). Their lengths must be known on the host: one sync per forward pass on a GPU."""
+    def split(self) -> tuple[Tensor, Tensor]:
+        """(text rows, visual rows). The host must know their lengths: on a GPU one sync per forward pass."""
         text, visual = self.counts.tolist()
         return self.rows[:text], self.rows[text:text + visual]
 
 
-def routed(x: torch.Tensor, text_expert, visual_expert, routing: Routing | None) -> torch.Tensor:
-    """(..., D) -> (..., D'): each token through the expert of its modality. routing None: all tokens are real text."""
+def routed(x: Tensor, text_expert, visual_expert, routing: Routing | None) -> Tensor:
+    """(..., D) -> (..., D'): each token through its modality's expert. routing None: all is text."""
     if routing is None:
         return text_expert(x)
     flat = x.reshape(-1, x.shape[-1])                                      # (N, D)
     if routing.backend == "dense":
-        # The naive reference: both experts on every token, then choose. where, not a product with the mask as in
-        # the official code: there an overflow in the unchosen expert (inf · 0) turns into NaN.
+        # The naive reference: both experts on every token, then choose. torch.where, not a product with the
+        # mask as in the official code: there an overflow in the unchosen expert (inf · 0) becomes NaN.
         expert = routing.expert[:, None]
         y = torch.where(expert == 1, visual_expert(flat), text_expert(flat)).masked_fill(expert == 2, 0)
     else:
         text_rows, visual_rows = routing.split
-        parts = [(rows, f) for rows, f in ((text_rows, text_expert), (visual_rows, visual_expert)) if len(rows)]
-        outputs = [f(flat.index_select(0, rows)) for rows, f in parts]
-        if not parts:                                                      # nothing but pads: ask for the width only
+        parts = [(rows, expert(flat.index_select(0, rows)))
+                 for rows, expert in ((text_rows, text_expert), (visual_rows, visual_expert)) if len(rows)]
+        if not parts:                                                      # nothing but pads: only the width
             return text_expert(x) * 0
-        y = flat.new_zeros(len(flat), outputs[0].shape[-1], dtype=outputs[0].dtype)
-        for (rows, _), output in zip(parts, outputs):
+        y = parts[0][1].new_zeros(len(flat), parts[0][1].shape[-1])
+        for rows, output in parts:
             y = y.index_copy(0, rows, output)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def mmoe_linear(x: torch.Tensor, w_text: torch.Tensor, w_visual: torch.Tensor, routing: Routing | None) -> torch.Tensor:
+def mmoe_linear(x: Tensor, w_text: Tensor, w_visual: Tensor,
+                routing: Routing | None) -> Tensor:
     """Routed linear, (..., K) -> (..., M); weights (M, K). The attention experts of 1.5 [v1.5]."""
     return routed(x, lambda t: F.linear(t, w_text), lambda t: F.linear(t, w_visual), routing)
 
@@ -259,13 +265,13 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.w2 = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def mmoe_swiglu(x: torch.Tensor, experts_text: FeedForward, experts_visual: FeedForward,
-                routing: Routing | None) -> torch.Tensor:
-    """Routed feed-forward, (..., D) -> (..., D): MMoE(x) = FFN_v(x) on visual tokens, FFN_t(x) on text [v1, eq. 3]."""
+def mmoe_swiglu(x: Tensor, experts_text: FeedForward, experts_visual: FeedForward,
+                routing: Routing | None) -> Tensor:
+    """Routed feed-forward, (..., D) -> (..., D): FFN_v(x) on visual tokens, FFN_t(x) on text [v1, eq. 3]."""
     return routed(x, experts_text, experts_visual, routing)
 
 
@@ -277,17 +283,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = x.float()                                                      # a bf16 mean of squares is too coarse
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()  # a bf16 mean of squares is too coarse
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
 
-def rope_tables(c: MonoInternVLConfig, positions: torch.Tensor, lengths: torch.Tensor | int, dtype: torch.dtype):
+def rope_tables(c: MonoInternVLConfig, positions: Tensor, lengths: Tensor | int, dtype: torch.dtype):
     """cos and sin, each (B, 1, T, hd), for positions (B, T) in rows of `lengths` (B,) tokens in all.
 
-    rope_scaling "linear" divides positions by the factor; "dynamic" (NTK) raises the base once a row is longer than
-    the trained positions, so it depends on that row's own length and on no other row of the batch.
+    rope_scaling "linear" divides positions by the factor; "dynamic" (NTK) raises the base once a row is
+    longer than the trained positions: a matter of that row's own length, not of the batch.
     """
     kind, factor = (c.rope_scaling["type"], c.rope_scaling["factor"]) if c.rope_scaling else (None, 1.0)
     lengths = torch.as_tensor(lengths, device=positions.device, dtype=torch.float32).view(-1, 1, 1)
@@ -303,7 +309,7 @@ def rope_tables(c: MonoInternVLConfig, positions: torch.Tensor, lengths: torch.T
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
@@ -316,8 +322,9 @@ class KVCache:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.length = 0
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores k, v (B, KV, T, hd) after the filled columns; returns all so far. The model moves `length` after the last layer."""
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, KV, T, hd) after the filled columns and returns all so far. `length` moves once all
+        layers have stored theirs: InternLM2.forward does it."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
@@ -325,8 +332,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention, one softmax over visual and text tokens alike. In 1.5 the projections have
-    visual experts (attention_experts: *_ve); a visual token's output is wo_ve(x), never wo_ve(wo(x))."""
+    """Causal grouped-query attention, one softmax over visual and text tokens. In 1.5 the projections have
+    visual experts (*_ve); the output of a visual token is wo_ve(x), never wo_ve(wo(x))."""
 
     def __init__(self, c: MonoInternVLConfig, layer: int):
         super().__init__()
@@ -349,13 +356,14 @@ class Attention(nn.Module):
         # rows of wqkv are grouped by key/value head: its query heads, then its key, then its value [repo]
         group = c.num_attention_heads // c.num_key_value_heads
         qkv = qkv.view(B, T, c.num_key_value_heads, group + 2, c.head_dim)
-        q = qkv[..., :group, :].reshape(B, T, c.num_attention_heads, c.head_dim).transpose(1, 2)   # (B, H, T, hd)
-        k, v = (qkv[..., i, :].transpose(1, 2) for i in (group, group + 1))                        # (B, KV, T, hd)
+        q = qkv[..., :group, :].flatten(2, 3).transpose(1, 2)                          # (B, H, T, hd)
+        k, v = (qkv[..., i, :].transpose(1, 2) for i in (group, group + 1))            # (B, KV, T, hd)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)
         # mask None: T new tokens after an empty cache (causal), or one token that sees everything
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=group > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=group > 1)
         y = y.transpose(1, 2).reshape(B, T, D)
         if c.attn_experts == "qkvo":
             return mmoe_linear(y, self.wo.weight, self.wo_ve.weight, routing)
@@ -363,7 +371,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x' = x + MHA(RMSNorm(x)); x'' = x' + MMoE(RMSNorm(x')) [v1, eq. 1-2]. The norms are shared by both modalities."""
+    """x' = x + MHA(RMSNorm(x)); x'' = x' + MMoE(RMSNorm(x')) [v1, eq. 1-2]. The norms are shared."""
 
     def __init__(self, c: MonoInternVLConfig, layer: int):
         super().__init__()
@@ -388,11 +396,11 @@ class InternLM2(nn.Module):
             "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
         self.output = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
-    def forward(self, x, routing=None, attention_mask=None, kv_cache=None, lengths=None) -> torch.Tensor:
-        """Embeddings x (B, T, D) -> hidden states (B, T, D) after the final norm; the head is applied by the caller.
+    def forward(self, x, routing=None, attention_mask=None, kv_cache=None, lengths=None) -> Tensor:
+        """Embeddings x (B, T, D) -> hidden states (B, T, D) after the final norm, before the head.
 
-        attention_mask (B, past + T): 1 = real, 0 = pad, over the cached and the new tokens. lengths: tokens a row will
-        have at the end of a prefill that comes in chunks (default: up to now); only dynamic RoPE looks at it.
+        attention_mask (B, past + T): 1 = real, 0 = pad, over the cached and the new tokens. lengths: tokens
+        that a row will have after a prefill in chunks (default: up to now); only dynamic RoPE looks at it.
         With dynamic RoPE past max_position_embeddings, cached keys keep the base they were made with [repo].
         """
         B, T, _ = x.shape
@@ -403,7 +411,7 @@ class InternLM2(nn.Module):
         columns = torch.arange(past + T, device=x.device)
         positions, mask = columns[None, past:], None                       # (1, T)
         if past and T > 1:
-            mask = columns <= columns[past:, None]                         # (T, past + T), causal after a cache
+            mask = columns <= columns[past:, None]  # (T, past + T), causal after a cache
         if attention_mask is not None:
             real = attention_mask.bool()                                   # (B, past + T)
             positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]        # a row counts its own tokens only
@@ -439,18 +447,18 @@ class MonoInternVL(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
-    def embed_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
         """(n_tiles, 3, S, S) -> visual tokens (n_tiles, tokens per tile, D)"""
         return self.mlp1(pixel_shuffle(self.vision_model.embeddings(pixel_values), self.config.shuffle))
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """(B, T) int64, (n_tiles, 3, S, S) -> embeddings (B, T, D) with the visual tokens at <IMG_CONTEXT>, in reading order."""
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """(B, T) int64, (n_tiles, 3, S, S) -> (B, T, D): visual tokens at <IMG_CONTEXT>, in order."""
         x = self.language_model.model.tok_embeddings(input_ids)
         if pixel_values is None:
             return x
         if self.config.img_context_token_id is None:
-            raise InputError("this model does not know its <IMG_CONTEXT> token: no added_tokens.json beside the weights; "
-                             "set model.config.img_context_token_id or drop the image")
+            raise InputError("this model does not know its <IMG_CONTEXT> token: no added_tokens.json beside "
+                             "the weights; set model.config.img_context_token_id or drop the image")
         visual_tokens = self.embed_images(pixel_values).flatten(0, 1)      # (n_tiles · tokens per tile, D)
         rows = (input_ids == self.config.img_context_token_id).flatten().nonzero().squeeze(1)
         if len(rows) != len(visual_tokens):
@@ -458,21 +466,22 @@ class MonoInternVL(nn.Module):
                              f"{len(visual_tokens)} ({len(visual_tokens) // max(1, len(pixel_values))} each)")
         return x.flatten(0, 1).index_copy(0, rows, visual_tokens.to(x.dtype)).view_as(x)
 
-    def route(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, has_images: bool) -> Routing | None:
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None,
+              has_images: bool) -> Routing | None:
         """None when every token is real text: then the model is the plain LLM, at its speed."""
         if not has_images and attention_mask is None:
             return None
-        visual = input_ids == self.config.img_context_token_id if has_images else torch.zeros_like(input_ids, dtype=torch.bool)
+        visual = input_ids == (self.config.img_context_token_id if has_images else -1)
         return Routing(visual, attention_mask, self.moe)
 
-    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None,
-                attention_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None):
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
+                attention_mask: Tensor | None = None, labels: Tensor | None = None):
         """(logits, loss).
 
         input_ids (B, T) int64; pixel_values (n_tiles, 3, S, S), the tiles of all rows in reading order;
         attention_mask (B, T), 1 = real token; labels (B, T) int64, -100 = ignored, shifted inside.
-        Without labels: logits (B, T, V), None. With labels: None and the mean cross-entropy over the supervised
-        tokens; the head then runs on their positions only (V is 92553: logits of a long prompt would fill gigabytes).
+        Without labels: logits (B, T, V), None. With labels: None, the mean cross-entropy over the supervised
+        tokens; the head runs on their positions only (V is 92553: logits of a long prompt fill gigabytes).
         Raises InputError if the <IMG_CONTEXT> tokens do not match the tiles or the row exceeds the context.
         """
         self.check_ids(input_ids, pixel_values, attention_mask)
@@ -483,33 +492,34 @@ class MonoInternVL(nn.Module):
         supervised = labels[:, 1:] != -100                                 # position t predicts token t + 1
         logits = self.language_model.output(hidden[:, :-1][supervised])    # (supervised, V)
         if not len(logits):
-            return None, hidden.sum() * 0                                  # a mean over nothing, with a gradient of zero
+            return None, hidden.sum() * 0  # a mean over nothing, gradient zero
         return None, F.cross_entropy(logits.float(), labels[:, 1:][supervised])
 
     def check_ids(self, input_ids, pixel_values, attention_mask):
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
-            raise InputError(f"input_ids is {tuple(input_ids.shape)} {input_ids.dtype}, expected (B, T) int64 with B, T > 0")
+            raise InputError(f"input_ids is {tuple(input_ids.shape)} {input_ids.dtype}, "
+                             "expected (B, T) int64 with B, T > 0")
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise InputError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids is {tuple(input_ids.shape)}")
-        if pixel_values is not None and (pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels):
-            raise InputError(f"pixel_values is {tuple(pixel_values.shape)}, "
-                             f"expected (n_tiles, {self.config.num_channels}, S, S)")
+            raise InputError(f"attention_mask is {tuple(attention_mask.shape)}, "
+                             f"input_ids is {tuple(input_ids.shape)}")
+        channels = self.config.num_channels
+        if pixel_values is not None and (pixel_values.ndim != 4 or pixel_values.shape[1] != channels):
+            raise InputError(f"pixel_values is {tuple(pixel_values.shape)}, not (n_tiles, {channels}, S, S)")
 
     # ------------------------------------------------------------ generation
 
     @torch.inference_mode()
-    def generate(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None,
-                 attention_mask: torch.Tensor | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
+    def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None,
+                 attention_mask: Tensor | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
                  eos_token_id: int | None = None, seed: int | None = None,
-                 prefill_chunk: int | None = None) -> Iterator[torch.Tensor]:
-        """Yields (B,) int64 as decoded, at most max_new_tokens times; ends early once every row has ended or the
-        context is full.
+                 prefill_chunk: int | None = None) -> Iterator[Tensor]:
+        """Yields (B,) int64 as decoded, until every row has ended or the context is full.
 
-        temperature 0 is greedy. A row that produced eos_token_id yields it from then on (None: rows never end).
-        attention_mask (B, T): pad on the left, so that all rows end in the same column. The repetition penalty counts
-        generated tokens only [repo: its generate sees embeddings, not the prompt's ids]. seed: a private generator, the
-        global one is left alone. prefill_chunk: read the prompt that many tokens at a time, to bound memory.
+        temperature 0 is greedy. A row that produced eos_token_id repeats it from then on (None: no row ends).
+        attention_mask (B, T): pad on the left, all rows end in the same column. The repetition penalty counts
+        generated tokens only [repo: it sees no prompt ids]. seed: a private generator, the global one
+        is left alone. prefill_chunk: prompt tokens read at a time, to bound memory.
         """
         self.check_ids(input_ids, pixel_values, attention_mask)
         B, T = input_ids.shape
@@ -528,7 +538,8 @@ class MonoInternVL(nn.Module):
         for start in range(0, T, chunk):                                   # prefill
             part = slice(start, start + chunk)
             so_far = None if attention_mask is None else attention_mask[:, :start + chunk]
-            routing = self.route(input_ids[:, part], None if so_far is None else so_far[:, part], pixel_values is not None)
+            routing = self.route(input_ids[:, part], so_far if so_far is None else so_far[:, part],
+                                 pixel_values is not None)
             hidden = self.language_model(x[:, part], routing, so_far, cache, lengths)
         generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
         finished = torch.zeros(B, dtype=torch.bool, device=x.device)
@@ -548,13 +559,14 @@ class MonoInternVL(nn.Module):
             # a generated token is text: no routing, plain linears
             hidden = self.language_model(self.embed(token[:, None], None), None, attention_mask, cache)
 
-    # ------------------------------------------------------------ loading and saving: the official folder format
+    # ------------------------------------------------------------ the official folder format
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> "MonoInternVL":
-        """Loads an official Hugging Face folder or one of ours: config.json + model*.safetensors, exact names and shapes.
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32,
+                        device="cpu") -> "MonoInternVL":
+        """Loads an official Hugging Face folder or one of ours: config.json + model*.safetensors.
 
-        Raises InputError that names the file, field or tensor which is missing, surplus, misshapen or cut short.
+        Raises InputError that names the file, field or tensor that is missing, surplus, misshapen, damaged.
         """
         config = MonoInternVLConfig.from_json(Path(folder) / "config.json")
         if config.img_context_token_id is None and (Path(folder) / "added_tokens.json").exists():
@@ -565,19 +577,19 @@ class MonoInternVL(nn.Module):
         return model
 
     @classmethod
-    def from_llm(cls, folder: str | Path, config: MonoInternVLConfig | None = None, dtype: torch.dtype = torch.float32,
-                 device="cpu") -> "MonoInternVL":
-        """An InternLM2 folder -> a model that has yet to learn to see: visual experts copy the text experts [v1],
-        vision embedding and mlp1 are random. config (default: 1.5 with the LLM's sizes) may have a larger vocabulary;
-        the new rows (image tokens) start as the mean of the old ones [repo].
+    def from_llm(cls, folder: str | Path, config: MonoInternVLConfig | None = None,
+                 dtype: torch.dtype = torch.float32, device="cpu") -> "MonoInternVL":
+        """An InternLM2 folder -> a model yet to learn to see: visual experts copy the text experts [v1], the
+        vision embedding and mlp1 are random. config (default: 1.5 with the LLM's sizes) may have a larger
+        vocabulary; the new rows (image tokens) start as the mean of the old ones [repo].
         """
         llm = _read_json(Path(folder) / "config.json")
         if llm.get("model_type") != "internlm2":
-            raise InputError(f"{folder}/config.json: model_type is {llm.get('model_type')!r}, expected 'internlm2'")
+            raise InputError(f"{folder}/config.json: model_type {llm.get('model_type')!r} is not 'internlm2'")
         sizes = {f.name: llm[f.name] for f in fields(MonoInternVLConfig) if f.name in llm}
         config = config or MonoInternVLConfig(**{**sizes, "attn_experts": "qkvo"})
-        for name in sizes.keys() - {"vocab_size", "rope_scaling", "max_position_embeddings", "bos_token_id", "eos_token_id",
-                                    "pad_token_id"}:
+        for name in sizes.keys() - {"vocab_size", "rope_scaling", "max_position_embeddings", "bos_token_id",
+                                    "eos_token_id", "pad_token_id"}:
             if getattr(config, name) != sizes[name]:
                 raise InputError(f"{folder} has {name} = {sizes[name]}, the config {getattr(config, name)}")
         tensors = {f"language_model.{name}": t for name, t in _read_tensors(folder, dtype, device).items()}
@@ -587,35 +599,36 @@ class MonoInternVL(nn.Module):
             if old is not None and len(old) < config.vocab_size:
                 mean = old.float().mean(0, keepdim=True).to(dtype)
                 tensors[name] = torch.cat([old, mean.expand(config.vocab_size - len(old), -1)])
-        own = {name: t for name, t in model.state_dict().items() if "_ve." in name or not name.startswith("language_model")}
+        own = {name: t for name, t in model.state_dict().items()
+               if "_ve." in name or not name.startswith("language_model")}
         model._assign({**own, **tensors}, folder)
         return model.copy_text_experts()
 
     @torch.no_grad()
     def copy_text_experts(self) -> "MonoInternVL":
-        """Every visual expert becomes a copy of its text expert: from here the LLM's knowledge is what vision starts with."""
+        """Every visual expert becomes a copy of its text expert: vision starts from what the LLM knows."""
         weights = dict(self.named_parameters())
         for name, weight in weights.items():
             if "_ve." in name:
                 weight.copy_(weights[name.replace("_ve.", ".")])
         return self
 
-    def _assign(self, tensors: dict[str, torch.Tensor], source):
+    def _assign(self, tensors: dict[str, Tensor], source):
         expected = self.state_dict()
         for name in sorted(expected.keys() | tensors.keys()):
             if name not in tensors:
                 raise InputError(f"{source}: tensor {name} is missing")
             if name not in expected:
-                raise InputError(f"{source}: tensor {name} is not part of the model that config.json describes")
+                raise InputError(f"{source}: tensor {name} has no place in the model of config.json")
             if tensors[name].shape != expected[name].shape:
                 raise InputError(f"{source}: tensor {name} is {tuple(tensors[name].shape)}, "
                                  f"config.json says {tuple(expected[name].shape)}")
         self.load_state_dict(tensors, assign=True)
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000):
-        """Writes config.json and model.safetensors, or numbered shards with an index when it is larger than a shard.
+        """Writes config.json and model.safetensors; a larger model as numbered shards with an index.
 
-        Each file is written aside and renamed, and config.json comes last, so that no reader meets half a file.
+        Each file is written aside and renamed, config.json comes last: no reader meets half a file.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -626,58 +639,62 @@ class MonoInternVL(nn.Module):
                 size = 0
             shards[-1][name] = t.contiguous()
             size += t.nbytes
-        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        names = names if len(shards) > 1 else ["model.safetensors"]
-        for name, shard in zip(names, shards):
-            save_file(shard, folder / (name + ".tmp"), metadata={"format": "pt"})
-            os.replace(folder / (name + ".tmp"), folder / name)
-        texts = {"config.json": self.config.to_json()}
-        if len(shards) > 1:
+        n = len(shards)
+        files = {f"model-{i:05}-of-{n:05}.safetensors" if n > 1 else "model.safetensors": shard
+                 for i, shard in enumerate(shards, 1)}
+        if n > 1:
             index = {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())},
-                     "weight_map": {key: name for name, s in zip(names, shards) for key in s}}
-            texts = {"model.safetensors.index.json": json.dumps(index, indent=2), **texts}
-        for name, text in texts.items():
-            (folder / (name + ".tmp")).write_text(text, encoding="utf-8")
-            os.replace(folder / (name + ".tmp"), folder / name)
-        for stale in folder.glob("model*.safetensors*"):                   # of an earlier save with other shards
-            if stale.name not in names and stale.name not in texts:
+                     "weight_map": {key: name for name, shard in files.items() for key in shard}}
+            files["model.safetensors.index.json"] = json.dumps(index, indent=2)
+        files["config.json"] = self.config.to_json()
+        for name, content in files.items():
+            aside = folder / (name + ".tmp")
+            if isinstance(content, str):
+                aside.write_text(content, encoding="utf-8")
+            else:
+                save_file(content, aside, metadata={"format": "pt"})
+            os.replace(aside, folder / name)
+        for stale in folder.glob("model*.safetensors*"):  # of an earlier save with other shards
+            if stale.name not in files:
                 stale.unlink()
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters in all, and those that one text or one visual token passes through (embedding table included)."""
+        """Parameters in all, and those that a text or a visual token passes through, embeddings included."""
         sizes = {name: p.numel() for name, p in self.named_parameters()}
-        vision = {name for name in sizes if name.startswith(("vision_model", "mlp1"))}
-        visual_experts = {name for name in sizes if "_ve." in name}
-        text_experts = {name.replace("_ve.", ".") for name in visual_experts}
-        return {"total": sum(sizes.values()), "text": sum(n for name, n in sizes.items() if name not in vision | visual_experts),
-                "visual": sum(n for name, n in sizes.items() if name not in text_experts)}
+        text_experts = {name.replace("_ve.", ".") for name in sizes if "_ve." in name}
+        not_for_text = [name for name in sizes if "_ve." in name or not name.startswith("language_model")]
+        total = sum(sizes.values())
+        return {"total": total, "text": total - sum(sizes[name] for name in not_for_text),
+                "visual": total - sum(sizes[name] for name in text_experts)}
 
 
-def sample_token(logits, seen, temperature, top_k, top_p, repetition_penalty, generator) -> torch.Tensor:
+def sample_token(logits, seen, temperature, top_k, top_p, repetition_penalty, generator) -> Tensor:
     """Next tokens (B,) from logits (B, V): penalty, temperature, top-k, top-p, in Hugging Face's order."""
     if repetition_penalty != 1.0:
-        logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:                          # the smallest set of tokens whose probability reaches top_p
+    if top_p is not None:                         # the smallest set of tokens whose probability reaches top_p
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
-def _read_tensors(folder: str | Path, dtype: torch.dtype, device) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: str | Path, dtype: torch.dtype, device) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
     folder = Path(folder)
     files = ["model.safetensors"]
     if (folder / "model.safetensors.index.json").exists():
-        weight_map = _read_json(folder / "model.safetensors.index.json").get("weight_map")
-        if not isinstance(weight_map, dict) or any(Path(str(file)).name != file for file in weight_map.values()):
-            raise InputError(f"{folder}/model.safetensors.index.json: no weight_map of tensor names to file names")
+        index = folder / "model.safetensors.index.json"
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or any(Path(str(f)).name != f for f in weight_map.values()):
+            raise InputError(f"{index}: no weight_map of tensor names to file names")
         files = sorted(set(weight_map.values()))
     tensors = {}
     for file in files:
@@ -686,7 +703,8 @@ def _read_tensors(folder: str | Path, dtype: torch.dtype, device) -> dict[str, t
                 for name in f.keys():
                     tensors[name] = f.get_tensor(name).to(dtype)
         except FileNotFoundError:
-            raise InputError(f"{folder / file} does not exist; expected model.safetensors or all shards of its index") from None
+            raise InputError(f"{folder / file} does not exist; expected model.safetensors or "
+                             "all shards of its index") from None
         except (SafetensorError, OSError) as e:
             raise InputError(f"{folder / file} is damaged or cut short: {e}") from None
     return tensors
