@@ -240,13 +240,10 @@ def routed(x: Tensor, text_expert, visual_expert, routing: Routing | None) -> Te
         y = torch.where(expert == 1, visual_expert(flat), text_expert(flat)).masked_fill(expert == 2, 0)
     else:
         text_rows, visual_rows = routing.split
-        parts = [(rows, expert(flat.index_select(0, rows)))
-                 for rows, expert in ((text_rows, text_expert), (visual_rows, visual_expert)) if len(rows)]
-        if not parts:                                                      # nothing but pads: only the width
-            return text_expert(x) * 0
-        y = parts[0][1].new_zeros(len(flat), parts[0][1].shape[-1])
-        for rows, output in parts:
-            y = y.index_copy(0, rows, output)
+        text = text_expert(flat.index_select(0, text_rows))
+        visual = visual_expert(flat.index_select(0, visual_rows))
+        y = text.new_zeros(len(flat), text.shape[-1])                      # pads stay zero
+        y.index_copy_(0, text_rows, text).index_copy_(0, visual_rows, visual)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
