@@ -8,10 +8,11 @@ Sources: [v1] arXiv 2410.08202, [v1.5] arXiv 2507.12566, [repo] the official cod
 heads, hd head size, V vocabulary, S tile side in pixels, N = B·T tokens of the batch laid end to end.
 """
 import json
+import math
 import os
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -66,14 +67,16 @@ class MonoInternVLConfig:
             if type(value) not in allowed:        # exact types: True is no number of layers
                 raise InputError(f"config field {name} is {value!r} ({type(value).__name__}), "
                                  f"expected {' or '.join(t.__name__ for t in allowed)}")
-            if type(value) in (int, float) and value < (0 if name.endswith("token_id") else 1e-12):
+            least = 0 if name.endswith("token_id") else 1e-12
+            if type(value) in (int, float) and not least <= value < math.inf:         # NaN fails as well
                 raise InputError(f"config field {name} is {value}, expected a positive number")
         if self.attn_experts not in ("", "qkv", "qkvo"):
             raise InputError(f"config field attn_experts is {self.attn_experts!r}, "
                              "expected '', 'qkv' or 'qkvo'")
         if self.rope_scaling is not None:
             kind, factor = self.rope_scaling.get("type"), self.rope_scaling.get("factor")
-            if kind not in ("linear", "dynamic") or not isinstance(factor, (int, float)) or factor < 1:
+            number = type(factor) in (int, float) and 1 <= factor < math.inf
+            if kind not in ("linear", "dynamic") or not number:
                 raise InputError(f"config field rope_scaling is {self.rope_scaling}, expected null or "
                                  '{"type": "linear" or "dynamic", "factor": a number >= 1}')
         for whole, part in (("hidden_size", "num_attention_heads"),
@@ -81,6 +84,13 @@ class MonoInternVLConfig:
             if getattr(self, whole) % getattr(self, part):
                 raise InputError(f"config field {whole} = {getattr(self, whole)} is not a multiple of "
                                  f"{part} = {getattr(self, part)}")
+        if self.head_dim % 2 or self.head_dim < 4:
+            raise InputError(f"config field hidden_size = {self.hidden_size} makes heads of {self.head_dim}; "
+                             "rotary positions need an even size of at least 4")
+        for name, limit in (("min_dynamic_patch", self.max_dynamic_patch + 1),
+                            ("img_context_token_id", self.vocab_size)):
+            if (getattr(self, name) or 0) >= limit:
+                raise InputError(f"config field {name} is {getattr(self, name)}, expected less than {limit}")
         if (1 / self.downsample_ratio) % 1 or (self.image_size // self.patch_size) % self.shuffle:
             raise InputError(f"config field downsample_ratio = {self.downsample_ratio} does not divide the "
                              f"{self.image_size // self.patch_size}-patch side of a tile")
@@ -133,16 +143,13 @@ class MonoInternVLConfig:
             if name not in values:
                 field = ".".join(cls._PATHS[name])
                 raise InputError(f"{path}: no field {field}; is this a Mono-InternVL folder?")
-        llm = official["llm_config"]
-        for name, supported in (("hidden_act", "silu"), ("bias", False), ("tie_word_embeddings", False)):
-            if llm.get(name, supported) != supported:
-                raise InputError(f"{path}: llm_config.{name} = {llm[name]!r}, supported is {supported!r}")
+        _check_llm(official["llm_config"], path)
         try:
             config = cls(**values)
         except InputError as e:
             raise InputError(f"{path}: {e}") from None
         for name, supported in (("ps_version", "v2"), ("force_image_size", config.image_size)):
-            if official.get(name, supported) != supported:
+            if official.get(name) not in (None, supported):
                 raise InputError(f"{path}: {name} = {official[name]!r}, supported is {supported!r}")
         return config
 
@@ -161,11 +168,21 @@ class MonoInternVLConfig:
 
 def _read_json(path: str | Path) -> dict:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; expected a checkpoint folder that holds it") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path} is not readable JSON: {e}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object of named fields")
+    return content
+
+
+def _check_llm(llm: dict, path):
+    """Refuses an LLM that needs what the architecture here leaves out."""
+    for name, supported in (("hidden_act", "silu"), ("bias", False), ("tie_word_embeddings", False)):
+        if llm.get(name, supported) != supported:
+            raise InputError(f"{path}: the LLM's {name} is {llm[name]!r}, supported is {supported!r}")
 
 
 # ---------------------------------------------------------------- vision embedding: pixels to visual tokens
@@ -566,8 +583,9 @@ class MonoInternVL(nn.Module):
         Raises InputError that names the file, field or tensor that is missing, surplus, misshapen, damaged.
         """
         config = MonoInternVLConfig.from_json(Path(folder) / "config.json")
-        if config.img_context_token_id is None and (Path(folder) / "added_tokens.json").exists():
-            config.img_context_token_id = _read_json(Path(folder) / "added_tokens.json").get("<IMG_CONTEXT>")
+        added = Path(folder) / "added_tokens.json"
+        if config.img_context_token_id is None and added.exists():
+            config = replace(config, img_context_token_id=_read_json(added).get("<IMG_CONTEXT>"))
         with torch.device("meta"):
             model = cls(config)
         model._assign(_read_tensors(folder, dtype, device), folder)
@@ -583,6 +601,7 @@ class MonoInternVL(nn.Module):
         llm = _read_json(Path(folder) / "config.json")
         if llm.get("model_type") != "internlm2":
             raise InputError(f"{folder}/config.json: model_type {llm.get('model_type')!r} is not 'internlm2'")
+        _check_llm(llm, f"{folder}/config.json")
         sizes = {f.name: llm[f.name] for f in fields(MonoInternVLConfig) if f.name in llm}
         config = config or MonoInternVLConfig(**{**sizes, "attn_experts": "qkvo"})
         for name in sizes.keys() - {"vocab_size", "rope_scaling", "max_position_embeddings", "bos_token_id",
