@@ -496,9 +496,9 @@ class MonoInternVL(nn.Module):
         attention_mask (B, T), 1 = real token; labels (B, T) int64, -100 = ignored, shifted inside.
         Without labels: logits (B, T, V), None. With labels: None, the mean cross-entropy over the supervised
         tokens; the head runs on their positions only (V is 92553: logits of a long prompt fill gigabytes).
-        Raises InputError if the <IMG_CONTEXT> tokens do not match the tiles or the row exceeds the context.
+        Raises InputError for inputs that do not fit: shapes, ids, tiles per <IMG_CONTEXT>, context length.
         """
-        self.check_ids(input_ids, pixel_values, attention_mask)
+        self.check_inputs(input_ids, pixel_values, attention_mask, labels)
         routing = self.route(input_ids, attention_mask, pixel_values is not None)
         hidden = self.language_model(self.embed(input_ids, pixel_values), routing, attention_mask)
         if labels is None:
@@ -509,16 +509,25 @@ class MonoInternVL(nn.Module):
             return None, hidden.sum() * 0  # a mean over nothing, gradient zero
         return None, F.cross_entropy(logits.float(), labels[:, 1:][supervised])
 
-    def check_ids(self, input_ids, pixel_values, attention_mask):
+    def check_inputs(self, input_ids, pixel_values, attention_mask, labels=None):
+        c, shape = self.config, tuple(input_ids.shape)
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
-            raise InputError(f"input_ids is {tuple(input_ids.shape)} {input_ids.dtype}, "
-                             "expected (B, T) int64 with B, T > 0")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise InputError(f"attention_mask is {tuple(attention_mask.shape)}, "
-                             f"input_ids is {tuple(input_ids.shape)}")
-        channels = self.config.num_channels
-        if pixel_values is not None and (pixel_values.ndim != 4 or pixel_values.shape[1] != channels):
-            raise InputError(f"pixel_values is {tuple(pixel_values.shape)}, not (n_tiles, {channels}, S, S)")
+            raise InputError(f"input_ids is {shape} {input_ids.dtype}, expected (B, T) int64 with B, T > 0")
+        for name, t in (("attention_mask", attention_mask), ("labels", labels)):
+            if t is not None and t.shape != input_ids.shape:
+                raise InputError(f"{name} is {tuple(t.shape)}, input_ids is {shape}")
+        if input_ids.min() < 0 or input_ids.max() >= c.vocab_size:
+            raise InputError(f"input_ids reach from {input_ids.min()} to {input_ids.max()}, the model knows "
+                             f"{c.vocab_size} tokens; is this its tokenizer?")
+        if pixel_values is None:
+            if c.img_context_token_id is not None and (input_ids == c.img_context_token_id).any():
+                raise InputError("input_ids holds <IMG_CONTEXT> tokens, but there are no pixel_values")
+            return
+        side = c.patch_size * c.shuffle
+        if (pixel_values.ndim != 4 or not pixel_values.is_floating_point()
+                or pixel_values.shape[1] != c.num_channels or any(s % side for s in pixel_values.shape[2:])):
+            raise InputError(f"pixel_values is {tuple(pixel_values.shape)} {pixel_values.dtype}, expected "
+                             f"(n_tiles, {c.num_channels}, S, S) of floats with S a multiple of {side}")
 
     # ------------------------------------------------------------ generation
 
@@ -535,17 +544,24 @@ class MonoInternVL(nn.Module):
         generated tokens only [repo: it sees no prompt ids]. seed: a private generator, the global one
         is left alone. prefill_chunk: prompt tokens read at a time, to bound memory.
         """
-        self.check_ids(input_ids, pixel_values, attention_mask)
+        self.check_inputs(input_ids, pixel_values, attention_mask)
         B, T = input_ids.shape
+        chunk = T if prefill_chunk is None else prefill_chunk
+        for name, value, fits, expected in (
+                ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
+                ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
+                ("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1"),
+                ("top_p", top_p, top_p is None or 0 < top_p <= 1, "None or above 0 and at most 1"),
+                ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0"),
+                ("prefill_chunk", prefill_chunk, chunk >= 1, "None or at least 1")):
+            if not fits:
+                raise InputError(f"{name} is {value}, expected {expected}")
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise InputError("a row of attention_mask ends in padding; generate needs left-padded rows")
         if T >= self.config.context_length:
             raise InputError(f"the prompt of {T} tokens fills the context of {self.config.context_length}; "
                              "shorten it or use fewer tiles")
         max_new_tokens = min(max_new_tokens, self.config.context_length - T)
-        chunk = T if prefill_chunk is None else prefill_chunk
-        if chunk < 1:
-            raise InputError(f"prefill_chunk is {chunk}, expected at least 1")
         x = self.embed(input_ids, pixel_values)
         cache = KVCache(self.config, B, T + max_new_tokens, x.dtype, x.device)
         lengths = T if attention_mask is None else attention_mask.sum(1)
@@ -565,7 +581,7 @@ class MonoInternVL(nn.Module):
                 token = token.masked_fill(finished, eos_token_id)
                 finished |= token == eos_token_id
             yield token
-            if step + 1 == max_new_tokens or finished.all():
+            if step + 1 == max_new_tokens or eos_token_id is not None and finished.all():
                 return
             seen.scatter_(1, token[:, None], True)
             if attention_mask is not None:
@@ -670,9 +686,10 @@ class MonoInternVL(nn.Module):
             else:
                 save_file(content, aside, metadata={"format": "pt"})
             os.replace(aside, folder / name)
-        for stale in folder.glob("model*.safetensors*"):  # of an earlier save with other shards
+        for stale in (folder / "model.safetensors", folder / "model.safetensors.index.json",
+                      *folder.glob("model-?????-of-?????.safetensors")):   # of a save with other shards
             if stale.name not in files:
-                stale.unlink()
+                stale.unlink(missing_ok=True)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters in all, and those that a text or a visual token passes through, embeddings included."""
