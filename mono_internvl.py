@@ -470,9 +470,6 @@ class MonoInternVL(nn.Module):
         x = self.language_model.model.tok_embeddings(input_ids)
         if pixel_values is None:
             return x
-        if self.config.img_context_token_id is None:
-            raise InputError("this model does not know its <IMG_CONTEXT> token: no added_tokens.json beside "
-                             "the weights; set model.config.img_context_token_id or drop the image")
         visual_tokens = self.embed_images(pixel_values).flatten(0, 1)      # (n_tiles · tokens per tile, D)
         rows = (input_ids == self.config.img_context_token_id).flatten().nonzero().squeeze(1)
         if len(rows) != len(visual_tokens):
@@ -523,6 +520,9 @@ class MonoInternVL(nn.Module):
             if c.img_context_token_id is not None and (input_ids == c.img_context_token_id).any():
                 raise InputError("input_ids holds <IMG_CONTEXT> tokens, but there are no pixel_values")
             return
+        if c.img_context_token_id is None:
+            raise InputError("this model does not know its <IMG_CONTEXT> token: no added_tokens.json beside "
+                             "the weights; set model.config.img_context_token_id or drop the image")
         side = c.patch_size * c.shuffle
         if (pixel_values.ndim != 4 or not pixel_values.is_floating_point()
                 or pixel_values.shape[1] != c.num_channels or any(s % side for s in pixel_values.shape[2:])):
