@@ -513,9 +513,10 @@ class MonoInternVL(nn.Module):
         for name, t in (("attention_mask", attention_mask), ("labels", labels)):
             if t is not None and t.shape != input_ids.shape:
                 raise InputError(f"{name} is {tuple(t.shape)}, input_ids is {shape}")
-        if input_ids.min() < 0 or input_ids.max() >= c.vocab_size:
-            raise InputError(f"input_ids reach from {input_ids.min()} to {input_ids.max()}, the model knows "
-                             f"{c.vocab_size} tokens; is this its tokenizer?")
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= c.vocab_size:
+            raise InputError(f"input_ids reach from {low} to {high}, the model knows {c.vocab_size} tokens; "
+                             "is this its tokenizer?")
         if pixel_values is None:
             if c.img_context_token_id is not None and (input_ids == c.img_context_token_id).any():
                 raise InputError("input_ids holds <IMG_CONTEXT> tokens, but there are no pixel_values")
@@ -562,6 +563,8 @@ class MonoInternVL(nn.Module):
             raise InputError(f"the prompt of {T} tokens fills the context of {self.config.context_length}; "
                              "shorten it or use fewer tiles")
         max_new_tokens = min(max_new_tokens, self.config.context_length - T)
+        if attention_mask is not None and attention_mask.all():
+            attention_mask = None                  # no pads: attention may skip its upper half
         x = self.embed(input_ids, pixel_values)
         cache = KVCache(self.config, B, T + max_new_tokens, x.dtype, x.device)
         lengths = T if attention_mask is None else attention_mask.sum(1)
@@ -651,10 +654,10 @@ class MonoInternVL(nn.Module):
             if name not in tensors:
                 raise InputError(f"{source}: tensor {name} is missing")
             if name not in expected:
-                raise InputError(f"{source}: tensor {name} has no place in the model of config.json")
+                raise InputError(f"{source}: tensor {name} has no place in the model of this config")
             if tensors[name].shape != expected[name].shape:
                 raise InputError(f"{source}: tensor {name} is {tuple(tensors[name].shape)}, "
-                                 f"config.json says {tuple(expected[name].shape)}")
+                                 f"the config says {tuple(expected[name].shape)}")
         self.load_state_dict(tensors, assign=True)
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000):

@@ -18,6 +18,7 @@ from mono_internvl import (
     MonoInternVL,
     MonoInternVLConfig,
     Routing,
+    mmoe_linear,
     mmoe_swiglu,
     pixel_shuffle,
     sample_token,
@@ -46,13 +47,16 @@ def tiny(attn_experts="qkvo", seed=0, **changes) -> MonoInternVL:
 
 
 def batch_of(visual_rows: list[list[bool]], side="left", seed=0):
-    """Modality masks of the rows -> input_ids, pixel_values (None without visual tokens), attention_mask."""
+    """Modality masks of the rows -> input_ids, pixel_values (None without visual tokens), attention_mask.
+    side: where the pads stand, "left", "right" or "between" the tokens."""
     g = torch.Generator().manual_seed(seed)
     width = max(map(len, visual_rows))
     ids = torch.randint(0, IMG, (len(visual_rows), width), generator=g)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(visual_rows):
-        here = slice(width - len(row), None) if side == "left" else slice(0, len(row))
+        here = torch.arange(len(row)) + (width - len(row) if side == "left" else 0)
+        if side == "between":
+            here = torch.randperm(width, generator=g)[:len(row)].sort().values
         mask[i, here] = 1
         ids[i, here] = torch.where(torch.tensor(row), IMG, ids[i, here])
     tiles = sum(map(sum, visual_rows))
@@ -545,7 +549,7 @@ def test_the_torch_back_end_equals_the_dense_one_in_values_and_gradients(rows, s
 
 
 @law
-@given(visual_rows(), st.sampled_from(["left", "right"]), st.sampled_from(list(ROPE)))
+@given(visual_rows(), st.sampled_from(["left", "right", "between"]), st.sampled_from(list(ROPE)))
 def test_a_padded_batch_gives_each_row_what_it_gets_alone(rows, side, rope):
     # 6 trained positions: with dynamic RoPE, rows of one batch differ in their base
     model = tiny(rope_scaling=ROPE[rope], max_position_embeddings=6 if rope != "none" else 64)
@@ -560,7 +564,7 @@ def test_a_padded_batch_gives_each_row_what_it_gets_alone(rows, side, rope):
 
 
 @law
-@given(visual_rows(max_rows=2), st.sampled_from(["left", "right"]))
+@given(visual_rows(max_rows=2), st.sampled_from(["left", "right", "between"]))
 def test_what_stands_in_a_pad_changes_no_real_logit(rows, side):
     model = tiny()
     ids, pixels, mask = batch_of(rows, side)
@@ -589,6 +593,19 @@ def test_each_expert_works_on_its_own_tokens_and_pads_cost_nothing(rows, side):
     for name, n in work.items():
         if ".attention.w" in name or ".feed_forward" in name:
             assert n == (visual if "_ve." in name else real - visual), name
+
+
+@law
+@given(st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=20), st.sampled_from(["torch", "dense"]))
+def test_each_modality_goes_through_its_own_weights_and_pads_become_zero(kinds, backend):
+    kinds = torch.tensor(kinds)[None]
+    routing = Routing(kinds == 1, (kinds != 2).long(), backend)
+    x, w_text, w_visual = torch.randn(1, kinds.shape[1], 6), torch.randn(4, 6), torch.randn(4, 6)
+    expected = torch.zeros(1, kinds.shape[1], 4)
+    for t, kind in enumerate(kinds[0].tolist()):
+        if kind != 2:
+            expected[0, t] = (w_text, w_visual)[kind] @ x[0, t]
+    assert_close(mmoe_linear(x, w_text, w_visual, routing), expected)
 
 
 @pytest.mark.parametrize("moe", ["torch", "dense"])
