@@ -313,9 +313,8 @@ def rope_tables(c: MonoInternVLConfig, positions: Tensor, lengths: Tensor | int,
     lengths = torch.as_tensor(lengths, device=positions.device, dtype=torch.float32).view(-1, 1, 1)
     base = torch.full_like(lengths, c.rope_theta)
     if kind == "dynamic":
-        stretch = factor * lengths / c.max_position_embeddings - (factor - 1)
-        base = torch.where(lengths > c.max_position_embeddings,
-                           c.rope_theta * stretch.clamp(min=1) ** (c.head_dim / (c.head_dim - 2)), base)
+        stretch = (factor * lengths / c.max_position_embeddings - (factor - 1)).clamp(min=1)
+        base = base * stretch ** (c.head_dim / (c.head_dim - 2))
     exponents = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32) / c.head_dim
     t = positions.float() / factor if kind == "linear" else positions.float()
     angles = t[..., None] * base ** -exponents                             # (B, T, hd/2)
