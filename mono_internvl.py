@@ -662,7 +662,7 @@ class MonoInternVL(nn.Module):
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000):
         """Writes config.json and model.safetensors; a larger model as numbered shards with an index.
 
-        Each file is written aside and renamed, config.json comes last: no reader meets half a file.
+        All files are written aside, then renamed: a save that fails leaves an earlier checkpoint as it was.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -681,13 +681,18 @@ class MonoInternVL(nn.Module):
                      "weight_map": {key: name for name, shard in files.items() for key in shard}}
             files["model.safetensors.index.json"] = json.dumps(index, indent=2)
         files["config.json"] = self.config.to_json()
-        for name, content in files.items():
-            aside = folder / (name + ".tmp")
-            if isinstance(content, str):
-                aside.write_text(content, encoding="utf-8")
-            else:
-                save_file(content, aside, metadata={"format": "pt"})
-            os.replace(aside, folder / name)
+        aside = {name: folder / f"{name}.tmp" for name in files}
+        try:
+            for name, content in files.items():
+                if isinstance(content, str):
+                    aside[name].write_text(content, encoding="utf-8")
+                else:
+                    save_file(content, aside[name], metadata={"format": "pt"})
+            for name in files:
+                os.replace(aside[name], folder / name)
+        finally:
+            for path in aside.values():
+                path.unlink(missing_ok=True)
         for stale in (folder / "model.safetensors", folder / "model.safetensors.index.json",
                       *folder.glob("model-?????-of-?????.safetensors")):   # of a save with other shards
             if stale.name not in files:

@@ -185,6 +185,22 @@ def test_loading_saving_and_loading_an_official_checkpoint_is_bitwise(tmp_path):
             assert all(torch.equal(tensors[name], t) for name, t in original.items())
 
 
+def test_a_save_that_fails_leaves_the_earlier_checkpoint_as_it_was(tmp_path, monkeypatch):
+    tiny(seed=0).save_pretrained(tmp_path, max_shard_bytes=20_000)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = []
+
+    def disk_full(tensors, path, **options):
+        save_file(tensors, path, **options)
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+    monkeypatch.setattr("mono_internvl.save_file", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        tiny(seed=1).save_pretrained(tmp_path, max_shard_bytes=20_000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_saving_leaves_files_of_other_makers_alone(tmp_path):
     (tmp_path / "model_card.safetensors.txt").write_text("mine")
     tiny().save_pretrained(tmp_path)
