@@ -218,6 +218,11 @@ def test_every_config_field_survives_the_official_nested_json(tmp_path):
     assert not [name for name, value in vars(config).items() if value == getattr(default, name)]
     (tmp_path / "config.json").write_text(config.to_json())
     assert MonoInternVLConfig.from_json(tmp_path / "config.json") == config
+    written = json.loads(config.to_json())
+    official = json.loads((GOLDEN / "official_tiny" / "config.json").read_text())
+    assert written["llm_config"].keys() - official["llm_config"].keys() == {"attn_experts"}
+    assert written["vision_config"].keys() == official["vision_config"].keys()
+    assert written.keys() - official.keys() == {"img_context_token_id"}
 
 
 def test_fields_that_hugging_face_adds_to_a_config_do_not_disturb(tmp_path):
