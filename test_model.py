@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -597,6 +597,7 @@ def test_what_stands_in_a_pad_changes_no_real_logit(rows, side):
 
 @law
 @given(visual_rows(), st.sampled_from(["left", "right"]))
+@example([[False] * 3, [False]], "left")
 def test_each_expert_works_on_its_own_tokens_and_pads_cost_nothing(rows, side):
     model = tiny()
     ids, pixels, mask = batch_of(rows, side)
@@ -614,6 +615,16 @@ def test_each_expert_works_on_its_own_tokens_and_pads_cost_nothing(rows, side):
     for name, n in work.items():
         if ".attention.w" in name or ".feed_forward" in name:
             assert n == (visual if "_ve." in name else real - visual), name
+
+
+def test_a_padded_batch_of_text_wakes_no_visual_expert_whatever_its_tokens():
+    model, seen = tiny(), []
+    record(model.language_model.model["layers"][0].feed_forward_ve, seen, lambda args, out: args[0])
+    ids = torch.arange(50)[None].repeat(2, 1)[:, torch.arange(50) != IMG]
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    model(ids, None, mask)
+    assert sum(x.numel() for x in seen) == 0
 
 
 @law
