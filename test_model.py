@@ -668,6 +668,14 @@ def test_nan_in_visual_tokens_never_reaches_the_text_experts_outputs(visual, bac
         assert all(p.grad.isfinite().all() for p in text_expert.parameters())
 
 
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+def test_an_expert_that_overflows_harms_no_token_of_the_other(backend):
+    x, w = torch.randn(1, 4, 6), torch.randn(5, 6)
+    visual = torch.tensor([[False, True, True, False]])
+    y = mmoe_linear(x, w, w * torch.inf, Routing(visual, None, backend))
+    assert_close(y[~visual], (x @ w.T)[~visual])
+
+
 def test_an_unknown_back_end_is_named():
     model = tiny()
     model.moe = "tpu"
