@@ -1,0 +1,250 @@
+"""From text and pictures to what the model reads.
+
+In this order: the tokenizer and streamed decoding; the chat template and its training labels; tiling and
+normalisation of pictures; training samples from JSONL files in the official format; collation; the scripts'
+command-line flags.
+
+Sources as in mono_internvl.py: [repo] is the official code, [ours] our choice.
+"""
+import codecs
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sentencepiece import SentencePieceProcessor
+
+from mono_internvl import InputError, _read_json
+
+IGNORED = -100                                     # the label of a token without loss
+
+# ---------------------------------------------------------------- tokenizer
+
+class Tokenizer:
+    """The InternLM2 tokenizer: sentencepiece BPE with byte fallback, after text was cut at special tokens.
+
+    Reads a folder in the official layout: tokenizer.model, and added_tokens.json or tokenizer_config.json's
+    added_tokens_decoder. len(tok) is the vocabulary size with added tokens; special_tokens maps text to id.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / "tokenizer.model").is_file():
+            raise InputError(f"{self.folder} has no tokenizer.model; it belongs beside the weights")
+        try:
+            self.sp = sp = SentencePieceProcessor(model_file=str(self.folder / "tokenizer.model"))
+        except (RuntimeError, OSError) as e:
+            raise InputError(f"{self.folder}/tokenizer.model is not a sentencepiece model: {e}") from None
+        added, config = ({} if not (self.folder / name).exists() else _read_json(self.folder / name)
+                         for name in ("added_tokens.json", "tokenizer_config.json"))
+        pieces = [sp.id_to_piece(i) for i in range(len(sp))]
+        self.special_tokens = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
+        try:
+            self.special_tokens |= {token: int(i) for token, i in added.items()}
+            decoder = config.get("added_tokens_decoder", {})
+            self.special_tokens |= {token["content"]: int(i) for i, token in decoder.items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise InputError(f"{self.folder}: added_tokens.json or the added_tokens_decoder of "
+                             "tokenizer_config.json does not map tokens to ids") from None
+        # longest first: of two tokens that start alike, the longer one is meant
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self.cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        # What each id stands for in UTF-8. A piece like "<0xE4>" is one byte, perhaps of a longer character:
+        # ids are joined as bytes, and bytes become text.
+        self.bytes = {i: bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("▁", " ").encode()
+                      for i, p in enumerate(pieces)}
+        self.bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
+        self.special_ids = set(self.special_tokens.values())
+        self.bos_id, self.eos_id = sp.bos_id(), sp.eos_id()
+        self.pad_id = self.eos_id if sp.pad_id() < 0 else sp.pad_id()
+        self.system_message = config.get("system_message", SYSTEM_MESSAGE)       # the field is [ours]
+
+    def __len__(self) -> int:
+        return max(self.bytes) + 1
+
+    def token_id(self, token: str) -> int:
+        if token not in self.special_tokens:
+            raise InputError(f"the tokenizer in {self.folder} has no token {token}")
+        return self.special_tokens[token]
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        if re.search("[\ud800-\udfff]", text):
+            raise InputError(f"the text {text[:40]!r} is not valid Unicode (a lone surrogate)")
+        ids = [self.bos_id] if bos else []
+        for part in self.cut.split(text):
+            ids += [self.special_tokens[part]] if part in self.special_tokens else self.sp.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        stream = TextStream(self, skip_special_tokens)
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+
+class TextStream:
+    """Decodes token by token: a character comes out with its last byte, U+FFFD for bytes that are no UTF-8."""
+
+    def __init__(self, tok: Tokenizer, skip_special_tokens: bool = True):
+        self.tok, self.skip = tok, tok.special_ids if skip_special_tokens else ()
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        token = int(token)
+        if token not in self.tok.bytes:
+            raise InputError(f"the tokenizer in {self.tok.folder} ({len(self.tok)} tokens) has no id {token}")
+        return "" if token in self.skip else self.utf8.decode(self.tok.bytes[token])
+
+    def flush(self) -> str:
+        return self.utf8.decode(b"", final=True)
+
+
+# ---------------------------------------------------------------- chat template and labels
+
+# "You are a multimodal model by Shanghai AI Laboratory and SenseTime, InternVL in English, a useful and
+# harmless AI assistant." The official models were trained with this message, so they are asked with it.
+SYSTEM_MESSAGE = ("你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+                  "是一个有用无害的人工智能助手。")
+# Written in a turn, these would forge a turn or an image. <ref>, <box> and their like belong to answers.
+RESERVED = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+
+
+def chat_parts(conversation: Sequence[dict], system: str) -> Iterator[tuple[str, str]]:
+    """The internlm2-chat template in parts (role, text); what the model learns to write is role "gpt"."""
+    if not isinstance(conversation, list | tuple) or not conversation:
+        raise InputError(f"the conversation is {conversation!r:.60}, expected a list of turns")
+    if system:
+        yield "system", f"<|im_start|>system\n{system}<|im_end|>"
+    for i, turn in enumerate(conversation):
+        role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        expected = "gpt" if i % 2 else "human"
+        if role != expected:
+            raise InputError(f'turn {i + 1} of the conversation is from {role!r}, expected "{expected}": '
+                             'turns alternate, "human" first')
+        if not isinstance(text, str):
+            raise InputError(f"turn {i + 1} of the conversation has the value {text!r:.60}, expected text")
+        for token in RESERVED:
+            if token in text:
+                raise InputError(f"turn {i + 1} of the conversation holds the control token {token}; "
+                                 "write <image> where an image belongs")
+        if role == "human":
+            yield role, f"<|im_start|>user\n{text.strip()}<|im_end|>"
+            yield "prompt", "<|im_start|>assistant\n"
+        else:
+            yield role, f"{text.strip()}<|im_end|>"
+
+
+def chat_prompt(conversation: Sequence[dict], system: str = SYSTEM_MESSAGE) -> str:
+    """[{"from": "human" | "gpt", "value": text}, ...] -> the text that the model reads after <s>; when the
+    human has the last turn, it ends with the assistant's opened one. Raises InputError if roles do not
+    alternate or a text holds a control token."""
+    return "".join(text for _, text in chat_parts(conversation, system))
+
+
+def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_image: Sequence[int] = (),
+                        tokens_per_tile: int = 256, system: str | None = None) -> tuple[list[int], list[int]]:
+    """(input_ids, labels): chat_prompt as tokens, each <image> of a human turn as <img>, tiles·tokens_per_tile
+    placeholders, </img>; labels are -100 but on answers and their <|im_end|>. system None: tok.system_message.
+
+    Parts are encoded one by one: labels are exact, and a prompt for generation is a prefix of the training
+    ids. Raises InputError if the <image> marks do not match the images, or the tokenizer lacks image tokens.
+    """
+    parts = list(chat_parts(conversation, tok.system_message if system is None else system))
+    marks = sum(text.count("<image>") for role, text in parts if role == "human")
+    if marks != len(tiles_per_image):
+        raise InputError(f"the conversation has {marks} <image> marks for {len(tiles_per_image)} images")
+    tiles, input_ids, labels = iter(tiles_per_image), [tok.bos_id], [IGNORED]
+    for role, text in parts:
+        ids = []
+        for i, piece in enumerate(text.split("<image>") if role == "human" else [text]):
+            if i:
+                visual = [tok.token_id("<IMG_CONTEXT>")] * (next(tiles) * tokens_per_tile)
+                ids += [tok.token_id("<img>"), *visual, tok.token_id("</img>")]
+            ids += tok.encode(piece, bos=False)
+        input_ids += ids
+        labels += ids if role == "gpt" else [IGNORED] * len(ids)
+    return input_ids, labels
+
+
+# ---------------------------------------------------------------- pictures: tiling and normalisation
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Pillow only warns of a picture with more than MAX_IMAGE_PIXELS (a small file can unpack to gigabytes); here
+# that is an error. The filter is set once: one around each open would race between threads.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+def open_image(image: str | Path | Image.Image) -> Image.Image:
+    """RGB with its pixels read. As in the official code, transparency and EXIF rotation are ignored."""
+    name = str(image) if isinstance(image, (str, Path)) else getattr(image, "filename", "") or "the image"
+    try:
+        if not isinstance(image, Image.Image):
+            with Image.open(image) as opened:
+                return open_image(opened)
+        if not 0 < image.width * image.height <= (Image.MAX_IMAGE_PIXELS or float("inf")):
+            raise InputError(f"{name} is {image.width} x {image.height} pixels, "
+                             f"expected 1 to {Image.MAX_IMAGE_PIXELS} in all")
+        return image.convert("RGB")
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"the image {name} does not exist") from None
+    except Exception as e:                         # what a damaged file raises depends on its format
+        raise InputError(f"{name} is not a readable image: {type(e).__name__}: {e}") from None
+
+
+def tile_image(image: str | Path | Image.Image, max_tiles: int = 12, image_size: int = 448,
+               use_thumbnail: bool = True, min_tiles: int = 1) -> list[Image.Image]:
+    """Squares of image_size pixels, row by row, from the grid of min_tiles to max_tiles that distorts the
+    image least; if they are several, a thumbnail of the whole follows [repo: dynamic_preprocess]."""
+    if not 1 <= min_tiles <= max_tiles or image_size < 1:
+        raise InputError(f"min_tiles {min_tiles}, max_tiles {max_tiles}, image_size {image_size}: "
+                         "expected 1 <= min_tiles <= max_tiles and a positive size")
+    image = open_image(image)
+    grids = [(columns, tiles // columns) for tiles in range(min_tiles, max_tiles + 1)
+             for columns in range(1, tiles + 1) if tiles % columns == 0]           # small grids first
+    least = float("inf")
+    for grid in grids:
+        distortion = abs(image.width / image.height - grid[0] / grid[1])
+        # of two grids with one shape, the larger is taken if the picture has more than half of its pixels
+        if distortion < least or (distortion == least
+                                  and image.width * image.height > 0.5 * image_size ** 2 * grid[0] * grid[1]):
+            (columns, rows), least = grid, distortion
+    resized = image.resize((columns * image_size, rows * image_size), Image.Resampling.BICUBIC)
+    tiles = [resized.crop((x, y, x + image_size, y + image_size))
+             for y in range(0, resized.height, image_size) for x in range(0, resized.width, image_size)]
+    if use_thumbnail and len(tiles) > 1:
+        tiles.append(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
+    return tiles
+
+
+def load_image(image: str | Path | Image.Image, max_tiles: int = 12, image_size: int = 448,
+               use_thumbnail: bool = True, min_tiles: int = 1) -> torch.Tensor:
+    """A file or a PIL image -> (n_tiles, 3, image_size, image_size) float32, normalised with ImageNet's mean
+    and std. Raises InputError naming a file that is missing, damaged, empty or too large."""
+    tiles = tile_image(image, max_tiles, image_size, use_thumbnail, min_tiles)
+    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))          # (n, S, S, 3) uint8
+    pixels = pixels.permute(0, 3, 1, 2).contiguous().float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+# ---------------------------------------------------------------- collation
+
+def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) -> dict:
+    """Samples -> one batch: input_ids and labels (B, T); attention_mask (B, T), None when no row is padded
+    (the model is faster then); pixel_values (n_tiles, 3, S, S) of all rows in order, or None. left: pad in
+    front, as generate needs it."""
+    longest = max(len(s["input_ids"]) for s in samples)
+
+    def pad(row: torch.Tensor, value: int) -> torch.Tensor:
+        missing = longest - len(row)
+        return torch.nn.functional.pad(row, (missing, 0) if left else (0, missing), value=value)
+
+    tiles = [s["pixel_values"] for s in samples if s["pixel_values"] is not None]
+    mask = torch.stack([pad(torch.ones_like(s["input_ids"]), 0) for s in samples])
+    return {"input_ids": torch.stack([pad(s["input_ids"], pad_token_id) for s in samples]),
+            "attention_mask": None if mask.all() else mask,
+            "labels": torch.stack([pad(s["labels"], IGNORED) for s in samples]),
+            "pixel_values": torch.cat(tiles) if tiles else None}
