@@ -6,18 +6,25 @@ command-line flags.
 
 Sources as in mono_internvl.py: [repo] is the official code, [ours] our choice.
 """
+import argparse
 import codecs
+import difflib
+import json
 import re
+import typing
 import warnings
+from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
+from torch.utils.data import ConcatDataset, Dataset
 
-from mono_internvl import InputError, _read_json
+from mono_internvl import InputError, MonoInternVLConfig, _read_json
 
 IGNORED = -100                                     # the label of a token without loss
 
@@ -84,7 +91,8 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes token by token: a character comes out with its last byte, U+FFFD for bytes that are no UTF-8."""
+    """Decodes token by token: a character comes out with its last byte, U+FFFD for bytes that are no
+    UTF-8."""
 
     def __init__(self, tok: Tokenizer, skip_special_tokens: bool = True):
         self.tok, self.skip = tok, tok.special_ids if skip_special_tokens else ()
@@ -144,8 +152,9 @@ def chat_prompt(conversation: Sequence[dict], system: str = SYSTEM_MESSAGE) -> s
 
 def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_image: Sequence[int] = (),
                         tokens_per_tile: int = 256, system: str | None = None) -> tuple[list[int], list[int]]:
-    """(input_ids, labels): chat_prompt as tokens, each <image> of a human turn as <img>, tiles·tokens_per_tile
-    placeholders, </img>; labels are -100 but on answers and their <|im_end|>. system None: tok.system_message.
+    """(input_ids, labels): chat_prompt as tokens, each <image> of a human turn as <img>,
+    tiles·tokens_per_tile placeholders, </img>; labels are -100 but on answers and their <|im_end|>. system
+    None: tok.system_message.
 
     Parts are encoded one by one: labels are exact, and a prompt for generation is a prefix of the training
     ids. Raises InputError if the <image> marks do not match the images, or the tokenizer lacks image tokens.
@@ -230,6 +239,116 @@ def load_image(image: str | Path | Image.Image, max_tiles: int = 12, image_size:
     return (pixels - mean) / std
 
 
+# ---------------------------------------------------------------- training samples from files
+
+class JsonlDataset(Dataset):
+    """One dataset in the official format; a line of `annotation` is {"id", "image": "a.jpg" | ["a.jpg", ...],
+    "conversations": [{"from": "human" | "gpt", "value": "...<image>..."}, ...]}, without "image" for text
+    alone.
+
+    A sample is {"input_ids", "labels" (T,) int64, "pixel_values" (n_tiles, 3, S, S) or None, "id"}. Lines are
+    read when asked for; only their positions are kept. repeat_time 2.5 is every line twice and a random half
+    of them (seed) once more. max_tiles, the budget of one sample, is shared by its images [repo]; max_tokens
+    (default: the model's context) is a limit, nothing is cut. A bad line raises InputError with file and line
+    number when it is asked for. """
+
+    def __init__(self, annotation: str | Path, root: str | Path, tok: Tokenizer, config: MonoInternVLConfig,
+                 repeat_time: float = 1, max_tiles: int | None = None, max_tokens: int | None = None,
+                 seed: int = 0):
+        self.annotation, self.root, self.tok, self.config = annotation, Path(root).resolve(), tok, config
+        self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
+        self.max_tokens = config.context_length if max_tokens is None else max_tokens
+        if type(repeat_time) not in (int, float) or not 0 < repeat_time < float("inf"):
+            raise InputError(f"repeat_time of {annotation} is {repeat_time!r}, expected a positive number")
+        if type(self.max_tiles) is not int or self.max_tiles < 1:
+            raise InputError(f"max_dynamic_patch of {annotation} is {self.max_tiles!r}, expected at least 1")
+        if not self.root.is_dir():
+            raise InputError(f"the image folder {root} of {annotation} does not exist")
+        numbers, offsets, offset = array("q"), array("q"), 0
+        try:
+            with open(annotation, "rb") as f:
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        numbers.append(number)
+                        offsets.append(offset)
+                    offset += len(line)
+        except OSError as e:
+            raise InputError(f"{annotation} is not readable: {e.strerror}") from None
+        lines = np.stack([numbers, offsets], 1)                            # (n, 2)
+        part = np.random.default_rng(seed).permutation(len(lines))[:round(repeat_time % 1 * len(lines))]
+        self.lines = np.concatenate([lines] * int(repeat_time) + [lines[np.sort(part)]])
+        if not len(self.lines):
+            raise InputError(f"{annotation} with repeat_time {repeat_time} has no samples")
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, i: int) -> dict:
+        number, offset = self.lines[i].tolist()
+        with open(self.annotation, "rb") as f:
+            f.seek(offset)
+            line = f.readline()
+        try:
+            return self.sample(json.loads(line), f"{self.annotation}:{number}")
+        except InputError as e:
+            raise InputError(f"{self.annotation}:{number}: {e}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
+            raise InputError(f"{self.annotation}:{number}: not JSON: {getattr(e, 'msg', e)}") from None
+
+    def sample(self, line: dict, name: str) -> dict:
+        if not isinstance(line, dict):
+            raise InputError(f"{line!r:.60} is not an object with conversations")
+        images = line.get("image") or []
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise InputError(f"image is {images!r:.60}, expected a file name or a list of them")
+        c, budget = self.config, max(1, self.max_tiles // max(1, len(images)))
+        tiles = [load_image(self.path(image), budget, c.image_size, c.use_thumbnail,
+                            min(budget, c.min_dynamic_patch)) for image in images]
+        input_ids, labels = encode_conversation(self.tok, line.get("conversations"), [len(t) for t in tiles],
+                                                c.tokens_per_tile)
+        if len(input_ids) > self.max_tokens:
+            raise InputError(f"{len(input_ids)} tokens, the limit is {self.max_tokens}")
+        if all(label == IGNORED for label in labels):
+            raise InputError("no answer to learn from: every turn is the human's")
+        return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels),
+                "pixel_values": torch.cat(tiles) if tiles else None, "id": line.get("id", name)}
+
+    def path(self, image: str) -> Path:
+        """The file of an image name, links followed: an annotation, often downloaded, must not reach outside
+        root."""
+        try:
+            path = (self.root / image).resolve()
+        except (OSError, RuntimeError, ValueError) as e:                   # a loop of links, a null character
+            raise InputError(f"image {image!r:.200} is no file name: {e}") from None
+        if not path.is_relative_to(self.root):
+            raise InputError(f"image {image} leads out of the image folder {self.root}")
+        return path
+
+
+def load_meta(path: str | Path, tok: Tokenizer, config: MonoInternVLConfig, max_tiles: int | None = None,
+              max_tokens: int | None = None, seed: int = 0) -> ConcatDataset:
+    """meta.json, {name: {root, annotation, repeat_time, max_dynamic_patch?, data_augment?}}, -> its datasets
+    in a row. root and annotation are relative to meta.json's folder. max_dynamic_patch goes before max_tiles
+    [repo]."""
+    meta, folder, datasets = _read_json(path), Path(path).parent, []
+    if not isinstance(meta, dict) or not meta:
+        raise InputError(f"{path}: expected {{name: {{root, annotation, repeat_time}}}}")
+    for number, (name, entry) in enumerate(meta.items()):
+        here = f"{path}: dataset {name}"
+        if not isinstance(entry, dict) or {type(entry.get("root")), type(entry.get("annotation"))} != {str}:
+            raise InputError(f"{here} needs root and annotation, two paths")
+        if unknown := entry.keys() - {"root", "annotation", "repeat_time", "max_dynamic_patch",
+                                      "data_augment", "length"}:
+            raise InputError(f"{here} has the unknown field {min(unknown)}")
+        if entry.get("data_augment"):
+            raise InputError(f"{here} asks for data_augment, which is not supported; set it to false")
+        datasets.append(JsonlDataset(
+            folder / entry["annotation"], folder / entry["root"], tok, config, entry.get("repeat_time", 1),
+            entry.get("max_dynamic_patch", max_tiles), max_tokens, seed + number))
+    return ConcatDataset(datasets)
+
+
 # ---------------------------------------------------------------- collation
 
 def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) -> dict:
@@ -248,3 +367,33 @@ def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) 
             "attention_mask": None if mask.all() else mask,
             "labels": torch.stack([pad(s["labels"], IGNORED) for s in samples]),
             "pixel_values": torch.cat(tiles) if tiles else None}
+
+
+# ---------------------------------------------------------------- command-line flags
+
+def parse_flags(flags: type, argv: Sequence[str] | None = None, description: str | None = None):
+    """A dataclass type -> an instance of it from the command line. Each field is a flag: `steps: int = 100`
+    takes --steps 200 or --steps=200, `compile: bool` --compile or --no-compile, `image: list[str]` one or
+    more values. field(metadata={"help": ..., "choices": [...]}) documents it. Exits with 2 and the nearest
+    name at an unknown flag."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    hints = typing.get_type_hints(flags)
+    for f in fields(flags):
+        options = {**f.metadata, "help": f.metadata.get("help", f.name).replace("%", "%%"),
+                   "default": f.default if f.default_factory is MISSING else f.default_factory(),
+                   "required": f.default is f.default_factory is MISSING}
+        kind = hints[f.name]
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is list:
+            options |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+        else:                                                              # int, or int | None
+            options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
+        parser.add_argument("--" + f.name, **options)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), hints, 1)
+        parser.error(f"unknown argument {name}" + (f"; did you mean --{near[0]}?" if near else ""))
+    return flags(**vars(values))
