@@ -250,7 +250,8 @@ class JsonlDataset(Dataset):
     read when asked for; only their positions are kept. repeat_time 2.5 is every line twice and a random half
     of them (seed) once more. max_tiles, the budget of one sample, is shared by its images [repo]; max_tokens
     (default: the model's context) is a limit, nothing is cut. A bad line raises InputError with file and line
-    number when it is asked for. """
+    number when it is asked for.
+    """
 
     def __init__(self, annotation: str | Path, root: str | Path, tok: Tokenizer, config: MonoInternVLConfig,
                  repeat_time: float = 1, max_tiles: int | None = None, max_tokens: int | None = None,
@@ -285,17 +286,19 @@ class JsonlDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         number, offset = self.lines[i].tolist()
+        where = f"{self.annotation}:{number}"
         with open(self.annotation, "rb") as f:
             f.seek(offset)
-            line = f.readline()
-        try:
-            return self.sample(json.loads(line), f"{self.annotation}:{number}")
-        except InputError as e:
-            raise InputError(f"{self.annotation}:{number}: {e}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
-            raise InputError(f"{self.annotation}:{number}: not JSON: {getattr(e, 'msg', e)}") from None
+            try:
+                return self.sample(f.readline())
+            except InputError as e:
+                raise InputError(f"{where}: {e}") from None
 
-    def sample(self, line: dict, name: str) -> dict:
+    def sample(self, line: bytes) -> dict:
+        try:
+            line = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise InputError(f"not JSON: {getattr(e, 'msg', e)}") from None
         if not isinstance(line, dict):
             raise InputError(f"{line!r:.60} is not an object with conversations")
         images = line.get("image") or []
@@ -312,11 +315,10 @@ class JsonlDataset(Dataset):
         if all(label == IGNORED for label in labels):
             raise InputError("no answer to learn from: every turn is the human's")
         return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels),
-                "pixel_values": torch.cat(tiles) if tiles else None, "id": line.get("id", name)}
+                "pixel_values": torch.cat(tiles) if tiles else None, "id": line.get("id")}
 
     def path(self, image: str) -> Path:
-        """The file of an image name, links followed: an annotation, often downloaded, must not reach outside
-        root."""
+        """The file of an image name, links followed: a downloaded annotation must not reach outside root."""
         try:
             path = (self.root / image).resolve()
         except (OSError, RuntimeError, ValueError) as e:                   # a loop of links, a null character
