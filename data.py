@@ -15,7 +15,8 @@ import typing
 import warnings
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields
+from copy import copy
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -373,11 +374,15 @@ def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) 
 
 # ---------------------------------------------------------------- command-line flags
 
+def flag(default, help: str, **options):
+    """A field of a flags dataclass with its line in --help, and argparse's options, such as choices=[...]."""
+    return field(default_factory=lambda: copy(default), metadata={"help": help, **options})
+
+
 def parse_flags(flags: type, argv: Sequence[str] | None = None, description: str | None = None):
-    """A dataclass type -> an instance of it from the command line. Each field is a flag: `steps: int = 100`
-    takes --steps 200 or --steps=200, `compile: bool` --compile or --no-compile, `image: list[str]` one or
-    more values. field(metadata={"help": ..., "choices": [...]}) documents it. Exits with 2 and the nearest
-    name at an unknown flag."""
+    """A dataclass type -> an instance of it from the command line. Each field is a flag: `steps: int` takes
+    --steps 200 or --steps=200, `compile: bool` --compile or --no-compile, `image: list[str]` one or more
+    values. An unknown flag exits with 2 and the nearest name."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     hints = typing.get_type_hints(flags)
