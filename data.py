@@ -154,8 +154,8 @@ def chat_prompt(conversation: Sequence[dict], system: str = SYSTEM_MESSAGE) -> s
 def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_image: Sequence[int] = (),
                         tokens_per_tile: int = 256, system: str | None = None) -> tuple[list[int], list[int]]:
     """(input_ids, labels): chat_prompt as tokens, each <image> of a human turn as <img>,
-    tiles·tokens_per_tile placeholders, </img>; labels are -100 but on answers and their <|im_end|>. system
-    None: tok.system_message.
+    tiles·tokens_per_tile placeholders, </img>; labels are -100 but on answers and their <|im_end|>, or all
+    -100 if the last turn is the human's. system None: tok.system_message.
 
     Parts are encoded one by one: labels are exact, and a prompt for generation is a prefix of the training
     ids. Raises InputError if the <image> marks do not match the images, or the tokenizer lacks image tokens.
@@ -174,7 +174,7 @@ def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_
             ids += tok.encode(piece, bos=False)
         input_ids += ids
         labels += ids if role == "gpt" else [IGNORED] * len(ids)
-    return input_ids, labels
+    return input_ids, labels if role == "gpt" else [IGNORED] * len(labels)
 
 
 # ---------------------------------------------------------------- pictures: tiling and normalisation
@@ -314,7 +314,7 @@ class JsonlDataset(Dataset):
         if len(input_ids) > self.max_tokens:
             raise InputError(f"{len(input_ids)} tokens, the limit is {self.max_tokens}")
         if all(label == IGNORED for label in labels):
-            raise InputError("no answer to learn from: every turn is the human's")
+            raise InputError("the last turn is the human's: no answer to learn")
         return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels),
                 "pixel_values": torch.cat(tiles) if tiles else None, "id": line.get("id")}
 
