@@ -92,8 +92,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes token by token: a character comes out with its last byte, U+FFFD for bytes that are no
-    UTF-8."""
+    """Decodes token by token: a character comes out with its last byte, U+FFFD for what is not UTF-8."""
 
     def __init__(self, tok: Tokenizer, skip_special_tokens: bool = True):
         self.tok, self.skip = tok, tok.special_ids if skip_special_tokens else ()

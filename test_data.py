@@ -76,6 +76,12 @@ def test_special_tokens_are_read_from_the_folder(tmp_path):
         assert Tokenizer(folder).special_tokens == TOK.special_tokens
 
 
+def test_of_two_special_tokens_that_start_alike_the_longer_is_meant(tmp_path):
+    shutil.copy(OFFICIAL / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<a": 480, "<a>": 481}')
+    assert Tokenizer(tmp_path).encode("<a<a>", bos=False) == [480, 481]
+
+
 @given(st.lists(st.one_of(PLAIN, st.sampled_from(sorted(TOK.special_tokens)))).map("".join))
 def test_any_text_survives_encoding_and_decoding(text):
     assert TOK.decode(TOK.encode(text, bos=False), skip_special_tokens=False) == text
@@ -83,7 +89,7 @@ def test_any_text_survives_encoding_and_decoding(text):
 
 @given(PLAIN)
 def test_streamed_text_is_the_text_with_no_character_broken_or_held_back(text):
-    stream, shown, fed = TextStream(TOK), "", 0
+    stream, shown, fed = TextStream(TOK, skip_special_tokens=False), "", 0
     for token in TOK.encode(text, bos=False):
         shown += stream.push(token)
         fed += len(TOK.bytes[token])
@@ -187,6 +193,16 @@ def test_a_tokenizer_without_image_tokens_takes_text_only(tmp_path):
     assert encode_conversation(tok, ask("hi", "ho")) == encode_conversation(TOK, ask("hi", "ho"))
     with pytest.raises(InputError, match="has no token <img>|has no token <IMG_CONTEXT>"):
         encode_conversation(tok, ask("<image>", "ho"), [1])
+
+
+def test_a_tokenizer_folder_may_set_its_own_system_message_or_none(tmp_path):
+    shutil.copytree(OFFICIAL, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for message in ("Look.", ""):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "system_message": message}))
+        ids, _ = encode_conversation(Tokenizer(tmp_path), ask("hi"))
+        assert ids == TOK.encode(chat_prompt(ask("hi"), system=message))
+    assert chat_prompt(ask("hi"), "") == "<|im_start|>user\nhi<|im_end|><|im_start|>assistant\n"
 
 
 # ---------------------------------------------------------------- pictures
