@@ -498,7 +498,7 @@ def type_in(monkeypatch, *lines: str):
 
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_the_answer_is_what_the_model_generates(tiny, images, capsys):
-    argv = ["--model", tiny, "--prompt", "What?", "--max_new_tokens", "12", "--max_tiles", "6"]
+    argv = ["--model", tiny, "--prompt", "What?", "--max_new_tokens", "12"]
     assert sample.main(argv + (["--image"] + [PICTURE] * images if images else [])) == 0
     marks = ["", "<image>\n", "Image-1: <image>\nImage-2: <image>\n"][images]
     ids, _ = encode_conversation(TOK, ask(marks + "What?"), [3] * images, TINY.tokens_per_tile)
@@ -600,6 +600,27 @@ def test_without_a_model_the_newest_checkpoint_is_taken_and_named(tiny, tmp_path
     assert capsys.readouterr().err == "model: out/a/S2, the newest below out/\n"
 
 
+def test_the_answer_may_go_to_a_reader_that_leaves(tiny, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert sample.main(["--model", tiny, "--prompt", "hi"]) == 1
+
+
+def test_the_chosen_back_end_device_and_dtype_are_used(tiny, monkeypatch):
+    used = []
+
+    def generate(self, input_ids, *_, **__):
+        used.append((self.moe, input_ids.device.type, next(self.parameters()).dtype))
+        return iter(())
+    monkeypatch.setattr(MonoInternVL, "generate", generate)
+    sample.main(["--model", tiny, "--prompt", "hi", "--moe", "dense", "--device", "cpu", "--dtype",
+                 "bfloat16"])
+    sample.main(["--model", tiny, "--prompt", "hi", "--device", "cpu"])
+    assert used == [("dense", "cpu", torch.bfloat16), ("auto", "cpu", torch.float32)]
+
+
 def run_sample(*argv: str, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, str(HERE / "sample.py"), *argv]
     return subprocess.run(command, capture_output=True, timeout=120, **kwargs)
@@ -608,7 +629,7 @@ def run_sample(*argv: str, **kwargs) -> subprocess.CompletedProcess:
 def test_a_chat_works_through_pipes_in_any_locale(tiny):
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     chat = run_sample("--model", tiny, "--temperature", "3", "--seed", "0", "--max_new_tokens", "40", env=env,
-                      input="你好\n/exit\n".encode())
+                      input="你好\n".encode() + b"\xff\n/exit\n")
     assert chat.returncode == 0 and not chat.stdout.decode("utf-8").isascii()
     assert sample.GREETING in chat.stderr.decode()
 
