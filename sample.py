@@ -88,8 +88,7 @@ def with_marks(prompt: str, images: int) -> str:
 
 def respond(model: MonoInternVL, tok: Tokenizer, conversation: list[dict], tiles: list[torch.Tensor],
             flags: Flags) -> str:
-    """Prints the answer to the conversation's last turn while it is generated and returns it. Ctrl-C stops
-    it."""
+    """Prints the answer to the last turn as it is generated, and returns it. Ctrl-C stops it."""
     input_ids, _ = encode_conversation(tok, conversation, [len(t) for t in tiles],
                                        model.config.tokens_per_tile)
     device, end_of_turn = next(model.parameters()).device, tok.token_id("<|im_end|>")
@@ -111,7 +110,8 @@ def respond(model: MonoInternVL, tok: Tokenizer, conversation: list[dict], tiles
 
 
 def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor], load, flags: Flags):
-    """Reads messages until the end of input. `images`, (n_tiles, 3, S, S) each, join the next message."""
+    """Reads messages until the end of input. images, (n_tiles, 3, S, S) each, join the next message. For every
+    answer the model reads the whole conversation again: no cache is kept between turns."""
     print(GREETING, file=sys.stderr)
     conversation, tiles = [], []
     with contextlib.suppress(ImportError):
