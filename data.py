@@ -336,7 +336,7 @@ def load_meta(path: str | Path, tok: Tokenizer, config: MonoInternVLConfig, max_
     meta, folder, datasets = _read_json(path), Path(path).parent, []
     if not isinstance(meta, dict) or not meta:
         raise InputError(f"{path}: expected {{name: {{root, annotation, repeat_time}}}}")
-    for number, (name, entry) in enumerate(meta.items()):
+    for name, entry in meta.items():
         here = f"{path}: dataset {name}"
         if not isinstance(entry, dict) or {type(entry.get("root")), type(entry.get("annotation"))} != {str}:
             raise InputError(f"{here} needs root and annotation, two paths")
@@ -347,7 +347,7 @@ def load_meta(path: str | Path, tok: Tokenizer, config: MonoInternVLConfig, max_
             raise InputError(f"{here} asks for data_augment, which is not supported; set it to false")
         datasets.append(JsonlDataset(
             folder / entry["annotation"], folder / entry["root"], tok, config, entry.get("repeat_time", 1),
-            entry.get("max_dynamic_patch", max_tiles), max_tokens, seed + number))
+            entry.get("max_dynamic_patch", max_tiles), max_tokens, seed))
     return ConcatDataset(datasets)
 
 

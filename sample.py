@@ -110,8 +110,8 @@ def respond(model: MonoInternVL, tok: Tokenizer, conversation: list[dict], tiles
 
 
 def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor], load, flags: Flags):
-    """Reads messages until the end of input. images, (n_tiles, 3, S, S) each, join the next message. For every
-    answer the model reads the whole conversation again: no cache is kept between turns."""
+    """Reads messages until the end of input. images, (n_tiles, 3, S, S) each, join the next message. For each
+    answer the model reads the whole conversation: no cache is kept between turns."""
     print(GREETING, file=sys.stderr)
     conversation, tiles = [], []
     with contextlib.suppress(ImportError):
