@@ -537,9 +537,9 @@ def test_images_join_any_turn_of_a_chat_and_clear_starts_over(tiny, monkeypatch,
     type_in(monkeypatch, "hi", f'/image "{PICTURE}" {PICTURE}', "and?", "", "more", f"/image {PICTURE}",
             "/clear", "new", "/exit", "unread")
     prompts = script(monkeypatch, "ho", "two", "three", "four")
-    assert sample.main(["--model", tiny, "--max_tiles", "6"]) == 0
+    assert sample.main(["--model", tiny, "--max_tiles", "1"]) == 0
     turns = ["hi", "ho", "Image-1: <image>\nImage-2: <image>\nand?", "two", "more"]
-    expected = [(turns[:1], []), (turns[:3], [3, 3]), (turns, [3, 3]), (["new"], [])]
+    expected = [(turns[:1], []), (turns[:3], [1, 1]), (turns, [1, 1]), (["new"], [])]
     assert prompts == [(encode_conversation(TOK, ask(*turns), tiles, TINY.tokens_per_tile)[0], sum(tiles))
                        for turns, tiles in expected]
     assert capsys.readouterr().out == "ho\ntwo\nthree\nfour\n"
