@@ -39,17 +39,6 @@ class Flags:
                       choices=["auto", "float32", "bfloat16", "float16"])
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch"])
 
-    def check(self):
-        for name, fits, expected in (
-                ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-                ("temperature", self.temperature >= 0, "at least 0"),
-                ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
-                ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-                ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-                ("max_tiles", self.max_tiles is None or self.max_tiles >= 1, "at least 1")):
-            if not fits:
-                raise InputError(f"--{name} is {getattr(self, name)}, expected {expected}")
-
 
 def newest_checkpoint() -> Path:
     """train_evip.py writes out/RUN/STAGE/, config.json last."""
@@ -142,10 +131,9 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor], load, 
 def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(Flags, argv, __doc__.split("\n")[0])
     try:
-        flags.check()
         folder = Path(flags.model) if flags.model else newest_checkpoint()
         config, tok = MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder)
-        max_tiles = flags.max_tiles or config.max_dynamic_patch
+        max_tiles = config.max_dynamic_patch if flags.max_tiles is None else flags.max_tiles
 
         def load(path: str) -> torch.Tensor:
             return load_image(path, max_tiles, config.image_size, config.use_thumbnail,
