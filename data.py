@@ -411,9 +411,12 @@ def blank(rng: random.Random, width: int = TILE) -> tuple[Image.Image, ImageDraw
 
 def draw_shape(draw: ImageDraw.ImageDraw, rng: random.Random, shape: str, color: str, size: str,
                place: int) -> list[int]:
-    """Draws it in its cell of the 3×3 grid, up to a pixel off centre; its box [x1, y1, x2, y2] in 0..1000."""
-    x, y = (8 + 16 * cell + rng.randrange(-1, 2) for cell in (place % 3, place // 3))
+    """Draws it in its cell of the 3×3 grid. Returns its box [x1, y1, x2, y2] in 0..1000, as if it stood in the
+    middle of the cell; it is up to a pixel off, so that no two pictures are the same."""
     r = 7 if size == "large" else 4
+    centers = [8 + 16 * cell for cell in (place % 3, place // 3)]
+    box = [round((v + side) * 1000 / TILE) for side in (-r, r) for v in centers]
+    x, y = (v + rng.randrange(-1, 2) for v in centers)
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=COLORS[color])
     elif shape == "square":
@@ -426,7 +429,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, rng: random.Random, shape: str, color:
     else:                                          # cross
         draw.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill=COLORS[color])
         draw.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill=COLORS[color])
-    return [round(max(0, v) * 1000 / TILE) for v in (x - r, y - r, x + r, y + r)]
+    return box
 
 
 def make_scene(rng: random.Random, n: int | None = None) -> Picture:
@@ -451,8 +454,10 @@ def make_scene(rng: random.Random, n: int | None = None) -> Picture:
         questions.append(("relation", f"Is the {a} {word} the {b}?", f"The {a} is at the {PLACES[p]}, "
                           f"the {b} is at the {PLACES[q]}: {'yes' if holds else 'no'}."))
     alt = " and ".join(f"{color} {shape}" for shape, color, *_ in things)
-    text = ", ".join(f"a {size} {color} {shape} at the {PLACES[p]}" for shape, color, size, p in things)
-    return Picture(image, "scene: " + text, alt, text + ".", questions)
+    form = rng.choice(("a {size} {color} {shape} at the {place}", "the {shape} is {color}, {size}, at the {place}"))
+    text = ", ".join(form.format(shape=shape, color=color, size=size, place=PLACES[p])
+                     for shape, color, size, p in things)
+    return Picture(image, f"scene: {things}", alt, text + ".", questions)
 
 
 def make_thing(rng: random.Random) -> Picture:

@@ -65,7 +65,7 @@ class Stage:
     paper: str                         # what the 2B model did: samples and lr; (?) where we are unsure
 
 
-S0 = Stage("S0", "language, from text alone", "text", 1, 500, 3e-3, "cosine", "a pre-trained InternLM2-1.8B")
+S0 = Stage("S0", "language, from text alone", "text", 1, 300, 1e-3, "cosine", "a pre-trained InternLM2-1.8B")
 RECIPES = {
     "evip": (                                                           # Mono-InternVL [v1]
         S0,
@@ -76,11 +76,11 @@ RECIPES = {
         Stage("S2", "instructions: questions in turns", "all", 24, 1500, 2e-3, "cosine", "5-7 M, 4e-5 cosine")),
     "evip++": (                                                         # Mono-InternVL-1.5: 58 % less data [v1.5]
         S0,
-        Stage("S1.1", "concepts, from noisy alt texts", "visual", 4, 200, 3e-3, "constant", "250 M (?)"),
-        Stage("S1.2", "semantics, from clean captions", "visual", 6, 500, 3e-3, "constant", "150 M (?)"),
-        Stage("S1.3", "alignment: captions, boxes, OCR", "visual + attention", 12, 300, 3e-3, "constant",
+        Stage("S1.1", "concepts, from noisy alt texts", "visual", 4, 300, 1.5e-3, "constant", "250 M (?)"),
+        Stage("S1.2", "semantics, from clean captions", "visual", 6, 1300, 1.5e-3, "constant", "150 M (?)"),
+        Stage("S1.3", "alignment: captions, boxes, OCR", "visual + attention", 12, 300, 1e-3, "constant",
               "150 M"),
-        Stage("S2", "instructions: questions in turns", "all", 24, 1000, 3e-3, "cosine", "7 M")),
+        Stage("S2", "instructions: questions in turns", "all", 24, 1200, 1e-3, "cosine", "7 M")),
 }
 
 
