@@ -128,9 +128,7 @@ class FeedForwardCase:
             raise SystemExit(f"{back_end} is wrong at {self.visual.numel()} tokens: error {error:.1e}")
 
 
-def peak_memory_mb(run) -> float | None:
-    if not torch.cuda.is_available():
-        return None
+def peak_memory_mb(run) -> float:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -142,7 +140,7 @@ def peak_memory_mb(run) -> float | None:
 def kernels(args) -> dict:
     device = args.device
     back_ends = ["dense", "torch", "cuda"] + ["two cuBLAS calls"] * (device == "cuda")
-    back_ends += [f"cuda {tile}" for tile in (1, 2, 3)] * args.tiles
+    back_ends += [f"cuda {tile}" for tile in (1, 2, 3)] * args.kernel_tiles
     config = MonoInternVLConfig(hidden_size=args.hidden_size, intermediate_size=args.intermediate_size)
     buffers, rows, limits = 3, [], {}
     for dtype in [torch.bfloat16] if device == "cuda" else [torch.float32, torch.bfloat16]:
@@ -199,7 +197,7 @@ def main() -> None:
     p.add_argument("--intermediate-size", type=int, default=8192 if on_gpu else 1024)
     p.add_argument("--image-tiles", type=int, nargs="+", default=[0, 1, 2, 4, 7, 13] if on_gpu else [0, 1, 2],
                    help="prompts: this many tiles of 256 visual tokens, and 64 text tokens")
-    p.add_argument("--tiles", action="store_true", help="also each tile of moe_kernel.cu, for tuning")
+    p.add_argument("--kernel-tiles", action="store_true", help="also each tile of moe_kernel.cu, for tuning")
     p.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each measurement")
     p.add_argument("--json", metavar="FILE", help="also write the result here")
     p.add_argument("--markdown", action="store_true", help="also print the README's table")

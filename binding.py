@@ -16,13 +16,13 @@ KERNEL_SOURCE = Path(__file__).resolve().with_name("moe_kernel.cu")
 KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def build_kernel(device: torch.device, source: Path = KERNEL_SOURCE, flags: tuple[str, ...] = ()) -> str:
+def build_kernel(device: torch.device, source: Path = KERNEL_SOURCE) -> str:
     """Compile with nvcc for a GPU, or with g++ and cuda_on_cpu.h for a CPU; returns the path of the library.
 
     torch keeps it under TORCH_EXTENSIONS_DIR, by a name that changes with sources, flags, torch and GPU.
     """
     from torch.utils import cpp_extension  # slow to import, seldom needed
-    flags = ["-O3", *flags]
+    flags = ["-O3"]
     if device.type == "cuda":
         sm = "{}{}".format(*torch.cuda.get_device_capability(device))
         flags.append(f"-gencode=arch=compute_{sm},code=sm_{sm}")
@@ -117,14 +117,14 @@ def kernel_swiglu(x: Tensor, w1_text: Tensor, w3_text: Tensor, w1_visual: Tensor
 
 kernel_route.register_fake(lambda labels: (labels.new_empty(labels.shape, dtype=torch.int64),
                                            labels.new_empty(2, dtype=torch.int64)))
-kernel_linear.register_fake(lambda x, w, *others: x.new_empty(len(x), len(w)))
-kernel_swiglu.register_fake(lambda x, w, *others: x.new_empty(len(x), len(w)))
+kernel_linear.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
+kernel_swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 
 
 def expert_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Tensor | None]:
     """dW (M, K) = dyᵀ x over each expert's rows; dy (N, M), x (N, K) in routed order. Only the device knows
     how many rows: so the others are zeroed, not left out (and not multiplied by 0: NaN must not spread)."""
-    position = torch.arange(len(x), device=x.device)[:, None]
+    position = torch.arange(x.shape[0], device=x.device)[:, None]
     experts = position < counts[0], (position >= counts[0]) & (position < counts.sum())
     return [torch.where(e, dy, 0).T @ torch.where(e, x, 0) if want else None
             for e, want in zip(experts, wanted, strict=True)]
@@ -209,6 +209,6 @@ def cuda_mmoe_linear(x, w_text, w_visual, rows, counts) -> Tensor:
 def cuda_mmoe_swiglu(x, text, visual, rows, counts) -> Tensor:
     """x (N, D) -> (N, D): w2(silu(w1 x) · w3 x). text, visual: w1 (F, D), w3 (F, D), w2 (D, F)."""
     check_kernel_inputs(x, (*text[:2], *visual[:2]), rows, counts)
-    check_kernel_inputs(x.new_empty(len(x), len(text[0])), (text[2], visual[2]), rows, counts)
     h = kernel_swiglu(x, *text[:2], *visual[:2], rows, counts, 0)
+    check_kernel_inputs(h, (text[2], visual[2]), rows, counts)
     return kernel_linear(h, text[2], visual[2], rows, counts, None, False, True, 0)
