@@ -150,7 +150,7 @@ def test_routed_kernels_equal_a_float64_reference_and_write_every_element(device
 @settings(max_examples=25, deadline=None)
 @given(labels=labels_of_a_batch, dtype=dtypes, bad=st.sampled_from([math.nan, math.inf, -math.inf]),
        kind=st.sampled_from([TEXT, VISUAL, PAD]))
-@example(labels=[TEXT, VISUAL, PAD] * 3, dtype=torch.float32, bad=math.inf, kind=VISUAL)     # pads share its tile
+@example(labels=[TEXT, VISUAL, PAD] * 3, dtype=torch.float32, bad=math.inf, kind=VISUAL)  # pads share tiles
 @example(labels=[TEXT, VISUAL, PAD] * 3, dtype=torch.bfloat16, bad=math.inf, kind=VISUAL)
 def test_nan_in_one_kind_of_token_and_its_expert_never_reaches_another(device, labels, dtype, bad, kind):
     labels = torch.tensor(labels, dtype=torch.uint8, device=device)
