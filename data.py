@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch.utils.data import ConcatDataset, Dataset
 
-from mono_internvl import InputError, MonoInternVLConfig, _read_json
+from mono_internvl import InputError, MonoInternVLConfig, read_json
 
 IGNORED = -100                                     # the label of a token without loss
 
@@ -51,7 +51,7 @@ class Tokenizer:
             self.sp = sp = SentencePieceProcessor(model_file=str(self.folder / "tokenizer.model"))
         except (RuntimeError, OSError) as e:
             raise InputError(f"{self.folder}/tokenizer.model is not a sentencepiece model: {e}") from None
-        added, config = ({} if not (self.folder / name).exists() else _read_json(self.folder / name)
+        added, config = ({} if not (self.folder / name).exists() else read_json(self.folder / name)
                          for name in ("added_tokens.json", "tokenizer_config.json"))
         pieces = [sp.id_to_piece(i) for i in range(len(sp))]
         self.special_tokens = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
@@ -338,7 +338,7 @@ def load_meta(path: str | Path, tok: Tokenizer, config: MonoInternVLConfig, max_
     """meta.json, {name: {root, annotation, repeat_time, max_dynamic_patch?, data_augment?}}, -> its datasets
     in a row. root and annotation are relative to meta.json's folder. max_dynamic_patch goes before max_tiles
     [repo]."""
-    meta, folder, datasets = _read_json(path), Path(path).parent, []
+    meta, folder, datasets = read_json(path), Path(path).parent, []
     if not isinstance(meta, dict) or not meta:
         raise InputError(f"{path}: expected {{name: {{root, annotation, repeat_time}}}}")
     for name, entry in meta.items():

@@ -1,19 +1,24 @@
 """Mono-InternVL and Mono-InternVL-1.5: one decoder-only transformer that reads image patches and text.
 
-Read top to bottom: configuration, vision embedding, routing and the modality mixture-of-experts, the decoder,
-the whole model with generation, loading and saving.
+Read top to bottom: configuration, vision embedding, routing, its CUDA back end (may be skipped at a first
+reading), the modality mixture-of-experts, the decoder, the whole model with generation, loading and saving.
 
 Sources: [v1] arXiv 2410.08202, [v1.5] arXiv 2507.12566, [repo] the official code (OpenGVLab/Mono-InternVL),
 [ours] our choice where those are silent. Shapes: B rows, T tokens, D hidden size, H heads, KV key/value
 heads, hd head size, V vocabulary, S tile side in pixels, N = B·T tokens of the batch laid end to end.
 """
+import contextlib
+import ctypes
+import functools
+import hashlib
 import json
 import math
 import os
+import sys
 import typing
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -131,7 +136,7 @@ class MonoInternVLConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> "MonoInternVLConfig":
         """Reads an official (or our) config.json. Raises InputError naming the field that does not fit."""
-        official = _read_json(path)
+        official = read_json(path, "; expected a checkpoint folder that holds it")
         values = {}
         for f in fields(cls):
             node = official
@@ -166,11 +171,11 @@ class MonoInternVLConfig:
         return json.dumps(official, indent=2)
 
 
-def _read_json(path: str | Path) -> dict:
+def read_json(path: str | Path, if_missing: str = "") -> dict:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; expected a checkpoint folder that holds it") from None
+        raise InputError(f"{path} does not exist{if_missing}") from None
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path} is not readable JSON: {e}") from None
     if not isinstance(content, dict):
@@ -215,7 +220,7 @@ def pixel_shuffle(x: Tensor, r: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(n, (h // r) * (w // r), r * r * c)
 
 
-# ---------------------------------------------------------------- routing and the modality mixture-of-experts
+# ---------------------------------------------------------------- routing: which expert for which token
 
 class Routing:
     """Which expert each token goes to: a static rule, no learned gate. One per forward pass, for all layers.
@@ -228,17 +233,23 @@ class Routing:
 
     def __init__(self, visual: Tensor, attention_mask: Tensor | None = None, backend: str = "auto"):
         """visual (B, T) bool: True at <IMG_CONTEXT>; attention_mask (B, T): 1 = real token, 0 = pad."""
-        if backend not in ("auto", "dense", "torch"):
-            raise InputError(f"unknown MoE back end {backend!r}; choose auto, dense or torch")
-        self.backend = "torch" if backend == "auto" else backend
+        if backend not in ("auto", "dense", "torch", "cuda"):
+            raise InputError(f"unknown MoE back end {backend!r}; choose auto, dense, torch or cuda")
+        # auto stays torch on every device until a GPU has measured where cuda is the faster one.
+        if backend == "auto" or backend == "cuda" and kernel_library(visual.device) is None:   # it said why
+            backend = "torch"
+        self.backend = backend
         expert = visual.reshape(-1).to(torch.uint8)                        # (N,) 0 text, 1 visual, 2 pad
         if attention_mask is not None:
             expert = expert.masked_fill(attention_mask.reshape(-1) == 0, 2)
         self.expert = expert
-        self.rows = expert.argsort(stable=True)
-        self.counts = torch.stack([(expert == 0).sum(), (expert == 1).sum()])
+        if backend == "cuda":
+            self.rows, self.counts = kernel_route(expert)
+        else:
+            self.rows = expert.argsort(stable=True)
+            self.counts = torch.stack([(expert == 0).sum(), (expert == 1).sum()])
 
-    @cached_property
+    @functools.cached_property
     def split(self) -> tuple[Tensor, Tensor]:
         """(text rows, visual rows). The host must know their lengths: on a GPU one sync per forward pass."""
         text, visual = self.counts.tolist()
@@ -264,9 +275,233 @@ def routed(x: Tensor, text_expert, visual_expert, routing: Routing | None) -> Te
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def mmoe_linear(x: Tensor, w_text: Tensor, w_visual: Tensor,
-                routing: Routing | None) -> Tensor:
+# ---------------------------------------------------------------- the cuda back end: moe_kernel.cu in PyTorch
+
+# What routed computes, by hand-written kernels. Here: build the file, call it, make PyTorch operators of the
+# calls, give them gradients, check what they get.
+
+KERNEL_SOURCE = Path(__file__).resolve().with_name("moe_kernel.cu")
+KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def build_kernel(device: torch.device, source: Path = KERNEL_SOURCE) -> str:
+    """Compile with nvcc for a GPU, or with g++ and cuda_on_cpu.h for a CPU; returns the path of the library.
+
+    torch keeps it under TORCH_EXTENSIONS_DIR, by a name that changes with sources, flags, torch and GPU.
+    """
+    import fcntl  # not on Windows
+
+    from torch.utils import cpp_extension  # slow to import, seldom needed
+
+    if device.type not in ("cpu", "cuda"):
+        raise RuntimeError("it runs on NVIDIA GPUs and CPUs only")
+    flags = ["-O3"]
+    if device.type == "cuda":
+        sm = "{}{}".format(*torch.cuda.get_device_capability(device))
+        flags.append(f"-gencode=arch=compute_{sm},code=sm_{sm}")
+    key = hashlib.sha256(repr((str(source), flags, torch.__version__)).encode())
+    for file in source, source.with_name("cuda_on_cpu.h"):
+        key.update(file.read_bytes())
+    name = f"moe_kernel_{device.type}_{key.hexdigest()[:16]}"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root(), name)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = os.environ.get("PATH", "")
+    with open(folder / "one_builder", "w") as one_builder:
+        # Two processes must not build at once. torch's own lock is a file that a killed build leaves behind;
+        # the next would wait for ever. flock ends with its process: who holds it knows that no one builds.
+        fcntl.flock(one_builder, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        if device.type == "cpu":           # torch without CUDA refuses a .cu, but not a .cpp that includes it
+            include, source = f'#include "{source}"\n', folder / "moe_kernel.cpp"
+            if not source.exists() or source.read_text() != include:
+                source.write_text(include)
+        try:
+            os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + path    # for ninja
+            for_compiler = "extra_cuda_cflags" if device.type == "cuda" else "extra_cflags"
+            return cpp_extension.load(name, [str(source)], build_directory=str(folder),
+                                      is_python_module=False, **{for_compiler: flags})
+        finally:
+            os.environ["PATH"] = path
+
+
+@torch.compiler.disable
+@functools.cache
+def kernel_library(device: torch.device) -> ctypes.CDLL | None:
+    """moe_kernel.cu for this device, built on first use; if that fails, None, and one warning says why."""
+    try:
+        library = ctypes.CDLL(build_kernel(device))
+    except (ImportError, OSError, RuntimeError) as e:  # no setuptools, no ninja, no compiler; its errors
+        lines = str(e).splitlines() or [""]
+        why = next((line for line in lines[1:] if "error" in line.lower()), lines[0])
+        warnings.warn(f"no cuda back end on {device}: moe_kernel.cu could not be built ({why})", stacklevel=3)
+        return None
+    if device.type == "cpu":
+        warnings.warn("the cuda back end on a CPU: cuda_on_cpu.h runs moe_kernel.cu for tests and study; "
+                      "the torch back end is much faster here", stacklevel=3)
+    library.mmoe_error.restype = ctypes.c_char_p
+    return library
+
+
+def launch_kernel(function: str, device: torch.device, *arguments: Tensor | int | None) -> None:
+    """Call a launcher of moe_kernel.cu on the device's current stream; None is a null pointer."""
+    library = kernel_library(device)
+    if library is None:
+        raise RuntimeError(f"moe_kernel.cu could not be built for {device}; choose the torch back end")
+    pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+        stream = torch.cuda.current_stream().cuda_stream if on_gpu else None
+        error = getattr(library, function)(*pointers, ctypes.c_void_p(stream))
+    if error:
+        raise RuntimeError(f"{function}: {library.mmoe_error(error).decode()}")
+
+
+def plain(t: Tensor | None) -> Tensor | None:
+    """As the kernels read it: contiguous, at a multiple of 16 bytes. Copied only if it is not so already."""
+    t = t if t is None else t.contiguous()
+    return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
+
+
+@torch.library.custom_op("mono_internvl::moe_route", mutates_args=())
+def kernel_route(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """labels (N,) uint8: 0 text, 1 visual, else pad -> Routing's rows (N,) and counts (2,), both int64."""
+    if labels.dim() != 1 or labels.dtype != torch.uint8:
+        raise InputError(f"labels must be (N,) uint8, not {tuple(labels.shape)} {labels.dtype}")
+    rows, counts = labels.new_empty(len(labels), dtype=torch.int64), labels.new_empty(2, dtype=torch.int64)
+    launch_kernel("mmoe_route", labels.device, plain(labels), rows, counts, len(labels))
+    return rows, counts
+
+
+@torch.library.custom_op("mono_internvl::moe_linear", mutates_args=())
+def kernel_linear(x: Tensor, w_text: Tensor, w_visual: Tensor, rows: Tensor,
+                  counts: Tensor, residual: Tensor | None, gather: bool, scatter: bool,
+                  tile: int) -> Tensor:
+    """x (N, K), weights (M, K) -> (N, M). x is in routed order unless gather, y unless scatter."""
+    y, rows = x.new_empty(len(x), len(w_text)), plain(rows)
+    launch_kernel("mmoe_linear", x.device, *map(plain, (x, w_text, w_visual, residual)), y,
+                  rows if gather else None, rows if scatter else None, plain(counts), *x.shape, len(w_text),
+                  KERNEL_DTYPES[x.dtype], tile)
+    return y
+
+
+@torch.library.custom_op("mono_internvl::moe_swiglu", mutates_args=())
+def kernel_swiglu(x: Tensor, w1_text: Tensor, w3_text: Tensor, w1_visual: Tensor,
+                  w3_visual: Tensor, rows: Tensor, counts: Tensor, tile: int) -> Tensor:
+    """x (N, K), weights (M, K) -> h = silu(x w1ᵀ) · (x w3ᵀ), (N, M), in routed order."""
+    h = x.new_empty(len(x), len(w1_text))
+    launch_kernel("mmoe_swiglu", x.device, *map(plain, (x, w1_text, w3_text, w1_visual, w3_visual)), h,
+                  plain(rows), plain(counts), *x.shape, len(w1_text), KERNEL_DTYPES[x.dtype], tile)
+    return h
+
+
+kernel_route.register_fake(lambda labels: (labels.new_empty(labels.shape, dtype=torch.int64),
+                                           labels.new_empty(2, dtype=torch.int64)))
+kernel_linear.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
+kernel_swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
+
+
+def expert_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Tensor | None]:
+    """dW (M, K) = dyᵀ x over each expert's rows; dy (N, M), x (N, K) in routed order. Only the device knows
+    how many rows: so the others are zeroed, not left out (and not multiplied by 0: NaN must not spread)."""
+    position = torch.arange(x.shape[0], device=x.device)[:, None]
+    experts = position < counts[0], (position >= counts[0]) & (position < counts.sum())
+    return [torch.where(e, dy, 0).T @ torch.where(e, x, 0) if want else None
+            for e, want in zip(experts, wanted, strict=True)]
+
+
+def linear_setup(ctx, inputs, output):
+    *saved, residual, ctx.gather, ctx.scatter, ctx.tile = inputs
+    ctx.save_for_backward(*saved)
+
+
+def linear_backward(ctx, dy):
+    x, w_text, w_visual, rows, counts = ctx.saved_tensors
+    dx, dw, need = None, (None, None), ctx.needs_input_grad
+    if need[0]:      # the same routed product with the weights transposed; gather and scatter change places
+        dx = kernel_linear(dy, w_text.T, w_visual.T, rows, counts, None, ctx.scatter, ctx.gather, ctx.tile)
+    if need[1] or need[2]:
+        dy_routed, x_routed = dy[rows] if ctx.scatter else dy, x[rows] if ctx.gather else x
+        dw = expert_gradients(dy_routed, x_routed, counts, need[1:3])
+    return dx, *dw, None, None, dy if need[5] else None, None, None, None
+
+
+def swiglu_setup(ctx, inputs, output):
+    *saved, ctx.tile = inputs
+    ctx.save_for_backward(*saved)
+
+
+def swiglu_backward(ctx, dh):
+    x, w1_text, w3_text, w1_visual, w3_visual, rows, counts = ctx.saved_tensors
+    # Computed again: keeping them would take twice the memory of h. In routed order, like dh.
+    gate = kernel_linear(x, w1_text, w1_visual, rows, counts, None, True, False, ctx.tile).float()
+    up = kernel_linear(x, w3_text, w3_visual, rows, counts, None, True, False, ctx.tile).float()
+    s = gate.sigmoid()
+    d_gate, d_up = (dh * up * s * (1 + gate * (1 - s))).to(x.dtype), (dh * gate * s).to(x.dtype)
+    dx, dw1, dw3, need = None, (None, None), (None, None), ctx.needs_input_grad
+    if need[0]:
+        dx = kernel_linear(d_gate, w1_text.T, w1_visual.T, rows, counts, None, False, True, ctx.tile)
+        dx = kernel_linear(d_up, w3_text.T, w3_visual.T, rows, counts, dx, False, True, ctx.tile)
+    if any(need[1:5]):
+        dw1 = expert_gradients(d_gate, x[rows], counts, (need[1], need[3]))
+        dw3 = expert_gradients(d_up, x[rows], counts, (need[2], need[4]))
+    return dx, dw1[0], dw3[0], dw1[1], dw3[1], None, None, None
+
+
+kernel_linear.register_autograd(linear_backward, setup_context=linear_setup)
+kernel_swiglu.register_autograd(swiglu_backward, setup_context=swiglu_setup)
+
+
+def check_kernel_inputs(x: Tensor, weights: Sequence[Tensor], rows: Tensor,
+                        counts: Tensor) -> None:
+    """Raises InputError for what moe_kernel.cu cannot do. weights: all (M, K)."""
+    tensors, shape, problem = (x, *weights, rows, counts), weights[0].shape, None
+    if x.dim() != 2 or len(shape) != 2 or x.shape[1] != shape[1] or any(w.shape != shape for w in weights):
+        problem = f"x (N, K) and weights (M, K), not {tuple(x.shape)} and {[tuple(w.shape) for w in weights]}"
+    elif shape[0] % 8 or shape[1] % 8:
+        problem = f"widths that are multiples of 8, not {tuple(shape)}"
+    elif x.dtype not in KERNEL_DTYPES or any(w.dtype != x.dtype for w in weights):
+        problem = f"one of {[*KERNEL_DTYPES]} for x and weights, not {[x.dtype, *(w.dtype for w in weights)]}"
+    elif x.device.type not in ("cpu", "cuda") or any(t.device != x.device for t in tensors):
+        problem = f"tensors on one GPU, or all on the CPU, not on {sorted({str(t.device) for t in tensors})}"
+    elif x.is_cuda and x.dtype != torch.float32 and torch.cuda.get_device_capability(x.device) < (8, 0):
+        problem = f"compute capability 8.0 or newer for {x.dtype}"
+    elif rows.shape != x.shape[:1] or counts.shape != (2,) or {rows.dtype, counts.dtype} != {torch.int64}:
+        problem = "rows (N,) and counts (2,), int64, as kernel_route makes them"
+    if problem:
+        raise InputError(f"the cuda back end takes {problem}. The torch back end takes anything.")
+
+
+def cast_for_autocast(*tensors: Tensor) -> list[Tensor]:
+    """F.linear obeys torch.autocast by itself; a custom operator has to be told."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    return [t.to(torch.get_autocast_dtype(device_type)) for t in tensors]
+
+
+def cuda_mmoe_linear(x, w_text, w_visual, rows, counts) -> Tensor:
+    """x (N, K), weights (M, K) -> (N, M); 0 in the rows of pads."""
+    x, w_text, w_visual = cast_for_autocast(x, w_text, w_visual)
+    check_kernel_inputs(x, (w_text, w_visual), rows, counts)
+    return kernel_linear(x, w_text, w_visual, rows, counts, None, True, True, 0)
+
+
+def cuda_mmoe_swiglu(x, text, visual, rows, counts) -> Tensor:
+    """x (N, D) -> (N, D): w2(silu(w1 x) · w3 x). text, visual: w1 (F, D), w3 (F, D), w2 (D, F)."""
+    x, *first, w2_text, w2_visual = cast_for_autocast(x, *text[:2], *visual[:2], text[2], visual[2])
+    check_kernel_inputs(x, first, rows, counts)
+    h = kernel_swiglu(x, *first, rows, counts, 0)                          # stays in routed order
+    check_kernel_inputs(h, (w2_text, w2_visual), rows, counts)
+    return kernel_linear(h, w2_text, w2_visual, rows, counts, None, False, True, 0)
+
+
+# ---------------------------------------------------------------- the modality mixture-of-experts
+
+def mmoe_linear(x: Tensor, w_text: Tensor, w_visual: Tensor, routing: Routing | None) -> Tensor:
     """Routed linear, (..., K) -> (..., M); weights (M, K). The attention experts of 1.5 [v1.5]."""
+    if routing is not None and routing.backend == "cuda":
+        y = cuda_mmoe_linear(x.reshape(-1, x.shape[-1]), w_text, w_visual, routing.rows, routing.counts)
+        return y.view(*x.shape[:-1], len(w_text))
     return routed(x, lambda t: F.linear(t, w_text), lambda t: F.linear(t, w_visual), routing)
 
 
@@ -286,6 +521,10 @@ class FeedForward(nn.Module):
 def mmoe_swiglu(x: Tensor, experts_text: FeedForward, experts_visual: FeedForward,
                 routing: Routing | None) -> Tensor:
     """Routed feed-forward, (..., D) -> (..., D): FFN_v(x) on visual tokens, FFN_t(x) on text [v1, eq. 3]."""
+    if routing is not None and routing.backend == "cuda":
+        text, visual = ((e.w1.weight, e.w3.weight, e.w2.weight) for e in (experts_text, experts_visual))
+        y = cuda_mmoe_swiglu(x.reshape(-1, x.shape[-1]), text, visual, routing.rows, routing.counts)
+        return y.view(x.shape)
     return routed(x, experts_text, experts_visual, routing)
 
 
@@ -448,7 +687,7 @@ class MonoInternVL(nn.Module):
     def __init__(self, config: MonoInternVLConfig):
         super().__init__()
         c = self.config = config
-        self.moe = "auto"                          # back end of the experts: auto, dense, torch
+        self.moe = "auto"                          # back end of the experts: auto, dense, torch, cuda
         shuffled = c.vision_hidden_size * c.shuffle ** 2
         self.vision_model = nn.ModuleDict({"embeddings": VisionEmbedding(c)})
         self.mlp1 = nn.Sequential(nn.LayerNorm(shuffled), nn.Linear(shuffled, c.hidden_size), nn.GELU(),
@@ -523,8 +762,8 @@ class MonoInternVL(nn.Module):
                 raise InputError("input_ids holds <IMG_CONTEXT> tokens, but there are no pixel_values")
             return
         if c.img_context_token_id is None:
-            raise InputError("this model does not know its <IMG_CONTEXT> token: no added_tokens.json beside "
-                             "the weights; set model.config.img_context_token_id or drop the image")
+            raise InputError("this model does not know its <IMG_CONTEXT> token: no tokenizer files "
+                             "beside the weights name it; set model.config.img_context_token_id or drop the image")
         side = c.patch_size * c.shuffle
         if (pixel_values.ndim != 4 or not pixel_values.is_floating_point()
                 or pixel_values.shape[1] != c.num_channels or any(s % side for s in pixel_values.shape[2:])):
@@ -537,11 +776,12 @@ class MonoInternVL(nn.Module):
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                  attention_mask: Tensor | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
-                 eos_token_id: int | None = None, seed: int | None = None,
+                 eos_token_id: int | Sequence[int] | None = None, seed: int | None = None,
                  prefill_chunk: int | None = None) -> Iterator[Tensor]:
         """Yields (B,) int64 as decoded, until every row has ended or the context is full.
 
-        temperature 0 is greedy. A row that produced eos_token_id repeats it from then on (None: no row ends).
+        temperature 0 is greedy. eos_token_id: the token, or the tokens, that end a row; from then on the row
+        yields it, or the first of them (None: no row ends).
         attention_mask (B, T): pad on the left, all rows end in the same column. The repetition penalty counts
         generated tokens only [repo: it sees no prompt ids]. seed: a private generator, the global one
         is left alone. prefill_chunk: prompt tokens read at a time, to bound memory.
@@ -549,12 +789,15 @@ class MonoInternVL(nn.Module):
         self.check_inputs(input_ids, pixel_values, attention_mask)
         B, T = input_ids.shape
         chunk = T if prefill_chunk is None else prefill_chunk
+        ends = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+        ends = [] if eos_token_id is None else ends
         for name, value, fits, expected in (
                 ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
                 ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
                 ("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1"),
                 ("top_p", top_p, top_p is None or 0 < top_p <= 1, "None or above 0 and at most 1"),
                 ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0"),
+                ("eos_token_id", eos_token_id, all(type(e) is int for e in ends), "None, an id or ids"),
                 ("prefill_chunk", prefill_chunk, chunk >= 1, "None or at least 1")):
             if not fits:
                 raise InputError(f"{name} is {value}, expected {expected}")
@@ -576,16 +819,17 @@ class MonoInternVL(nn.Module):
                                  pixel_values is not None)
             hidden = self.language_model(x[:, part], routing, so_far, cache, lengths)
         generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+        ends_on_device = torch.tensor(ends, dtype=torch.int64, device=x.device)
         finished = torch.zeros(B, dtype=torch.bool, device=x.device)
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=x.device)
         for step in range(max_new_tokens):
             logits = self.language_model.output(hidden[:, -1]).float()     # (B, V)
             token = sample_token(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
-            if eos_token_id is not None:
-                token = token.masked_fill(finished, eos_token_id)
-                finished |= token == eos_token_id
+            if ends:
+                token = token.masked_fill(finished, ends[0])
+                finished |= torch.isin(token, ends_on_device)
             yield token
-            if step + 1 == max_new_tokens or eos_token_id is not None and finished.all():
+            if step + 1 == max_new_tokens or ends and finished.all():
                 return
             seen.scatter_(1, token[:, None], True)
             if attention_mask is not None:
@@ -603,9 +847,8 @@ class MonoInternVL(nn.Module):
         Raises InputError that names the file, field or tensor that is missing, surplus, misshapen, damaged.
         """
         config = MonoInternVLConfig.from_json(Path(folder) / "config.json")
-        added = Path(folder) / "added_tokens.json"
-        if config.img_context_token_id is None and added.exists():
-            config = replace(config, img_context_token_id=_read_json(added).get("<IMG_CONTEXT>"))
+        if config.img_context_token_id is None:    # official configs leave it to the tokenizer's files
+            config = replace(config, img_context_token_id=_img_context_token_id(Path(folder)))
         with torch.device("meta"):
             model = cls(config)
         model._assign(_read_tensors(folder, dtype, device), folder)
@@ -618,7 +861,7 @@ class MonoInternVL(nn.Module):
         vision embedding and mlp1 are random. config (default: 1.5 with the LLM's sizes) may have a larger
         vocabulary; the new rows (image tokens) start as the mean of the old ones [repo].
         """
-        llm = _read_json(Path(folder) / "config.json")
+        llm = read_json(Path(folder) / "config.json", "; expected an LLM folder that holds it")
         if llm.get("model_type") != "internlm2":
             raise InputError(f"{folder}/config.json: model_type {llm.get('model_type')!r} is not 'internlm2'")
         _check_llm(llm, f"{folder}/config.json")
@@ -728,13 +971,25 @@ def sample_token(logits, seen, temperature, top_k, top_p, repetition_penalty, ge
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
+def _img_context_token_id(folder: Path) -> int | None:
+    """From added_tokens.json or, where that is missing, from tokenizer_config.json; None without either."""
+    if (folder / "added_tokens.json").exists():
+        return read_json(folder / "added_tokens.json").get("<IMG_CONTEXT>")
+    if (folder / "tokenizer_config.json").exists():
+        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+        for i, token in decoder.items() if isinstance(decoder, dict) else ():
+            if isinstance(token, dict) and token.get("content") == "<IMG_CONTEXT>" and i.isdecimal():
+                return int(i)
+    return None
+
+
 def _read_tensors(folder: str | Path, dtype: torch.dtype, device) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
     folder = Path(folder)
     files = ["model.safetensors"]
     if (folder / "model.safetensors.index.json").exists():
         index = folder / "model.safetensors.index.json"
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or any(Path(str(f)).name != f for f in weight_map.values()):
             raise InputError(f"{index}: no weight_map of tensor names to file names")
         files = sorted(set(weight_map.values()))

@@ -37,7 +37,7 @@ class Flags:
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto is cuda if there is one")
     dtype: str = flag("auto", "auto is float32 on a CPU, else bfloat16",
                       choices=["auto", "float32", "bfloat16", "float16"])
-    moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch"])
+    moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
 
 
 def newest_checkpoint() -> Path:
@@ -80,17 +80,15 @@ def respond(model: MonoInternVL, tok: Tokenizer, conversation: list[dict], tiles
     """Prints the answer to the last turn as it is generated, and returns it. Ctrl-C stops it."""
     input_ids, _ = encode_conversation(tok, conversation, [len(t) for t in tiles],
                                        model.config.tokens_per_tile)
-    device, end_of_turn = next(model.parameters()).device, tok.token_id("<|im_end|>")
+    device = next(model.parameters()).device
     tokens = model.generate(
         torch.tensor([input_ids], device=device), torch.cat(tiles).to(device) if tiles else None,
         max_new_tokens=flags.max_new_tokens, temperature=flags.temperature, top_k=flags.top_k,
-        top_p=flags.top_p, repetition_penalty=flags.repetition_penalty, eos_token_id=end_of_turn,
-        seed=flags.seed)
+        top_p=flags.top_p, repetition_penalty=flags.repetition_penalty,
+        eos_token_id=(tok.token_id("<|im_end|>"), tok.eos_id), seed=flags.seed)
     stream, pieces = TextStream(tok), []
     with contextlib.suppress(KeyboardInterrupt):
         for token in tokens:
-            if token.item() in (end_of_turn, tok.eos_id):
-                break
             pieces.append(stream.push(token))
             print(pieces[-1], end="", flush=True)
     pieces.append(stream.flush())
