@@ -232,7 +232,8 @@ class Routing:
     """
 
     def __init__(self, visual: Tensor, attention_mask: Tensor | None = None, backend: str = "auto"):
-        """visual (B, T) bool: True at <IMG_CONTEXT>; attention_mask (B, T): 1 = real token, 0 = pad."""
+        """visual (B, T) bool: True at <IMG_CONTEXT>; attention_mask (B, T): 1 = real token, 0 = pad. backend:
+        "dense", the naive reference; "torch", gather and scatter; "cuda", moe_kernel.cu; or "auto"."""
         if backend not in ("auto", "dense", "torch", "cuda"):
             raise InputError(f"unknown MoE back end {backend!r}; choose auto, dense, torch or cuda")
         # auto stays torch on every device until a GPU has measured where cuda is the faster one.
@@ -474,7 +475,7 @@ def check_kernel_inputs(x: Tensor, weights: Sequence[Tensor], rows: Tensor,
 def cast_for_autocast(*tensors: Tensor) -> list[Tensor]:
     """F.linear obeys torch.autocast by itself; a custom operator has to be told."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
         return list(tensors)
     return [t.to(torch.get_autocast_dtype(device_type)) for t in tensors]
 
@@ -762,8 +763,8 @@ class MonoInternVL(nn.Module):
                 raise InputError("input_ids holds <IMG_CONTEXT> tokens, but there are no pixel_values")
             return
         if c.img_context_token_id is None:
-            raise InputError("this model does not know its <IMG_CONTEXT> token: no tokenizer files "
-                             "beside the weights name it; set model.config.img_context_token_id or drop the image")
+            raise InputError("this model does not know its <IMG_CONTEXT> token: no tokenizer files beside "
+                             "the weights name it; set model.config.img_context_token_id or drop the image")
         side = c.patch_size * c.shuffle
         if (pixel_values.ndim != 4 or not pixel_values.is_floating_point()
                 or pixel_values.shape[1] != c.num_channels or any(s % side for s in pixel_values.shape[2:])):
