@@ -5,6 +5,8 @@ token at a time, routing, generation, checkpoints; then data.py, sample.py, the 
 is a sentence about the system. A law holds for whatever hypothesis draws; its draws are the same in each run.
 """
 import ctypes
+import functools
+import inspect
 import io
 import itertools
 import json
@@ -1627,7 +1629,7 @@ def test_the_script_ends_without_a_traceback_on_bad_input(checkpoint):
     assert (bad.returncode, bad.stdout, bad.stderr) == (1, "", "error: the image none.png does not exist\n")
 
 
-# ---------------------------------------------------------------- the kernel: references, a check for all builds
+# ---------------------------------------------------------------- the kernel: references and the checks
 
 TEXT, VISUAL, PAD = 0, 1, 2
 TILES = {"auto": 0, "small": 1, "medium": 2, "large": 3, "naive": 4}       # `enum Choice` in moe_kernel.cu
@@ -1796,10 +1798,9 @@ def test_the_order_of_threads_does_not_change_a_bit(labels, dtype, tile):
 @on_every_device
 def test_strided_and_misaligned_inputs_give_what_their_copies_give(device):
     labels = torch.tensor([TEXT, VISUAL, PAD] * 7, dtype=torch.uint8, device=device)
-    x, w_text, w_visual = random_tensors((48, 42), (24, 24), (24, 48), dtype=torch.bfloat16, device=device)
-    rows, counts = kernel_route(labels[::1])
-    x = x[:, ::2].T[:21].T[:, :21].T.contiguous()[:, :48].repeat(1, 1)      # (21, 48)
-    strided = torch.stack((x, x), -1)[..., 0][:, ::2]                        # (21, 24), strides (96, 4)
+    x, w_text, w_visual = random_tensors((21, 48), (24, 24), (24, 48), dtype=torch.bfloat16, device=device)
+    rows, counts = kernel_route(labels)
+    strided = x[:, ::2]                                                      # (21, 24), strides (48, 2)
     shifted = F.pad(x[:, :24].flatten(), (1, 0))[1:].view(21, 24)            # contiguous, 2 bytes off
     assert not strided.is_contiguous() and shifted.data_ptr() % 16 == 2
     for awkward in (strided, shifted):
@@ -1988,24 +1989,24 @@ def test_a_model_has_the_same_logits_and_gradients_with_the_kernel(device, attn_
 
 
 @on_every_device
-def test_autocast_reaches_the_kernel_and_its_gradients_keep_the_parameters_dtype(device):
-    model = tiny().to(device)
-    ids, pixels, mask = (t.to(device) for t in batch_of([[False, True, True, False], [True, False]]))
-    results = {}
-    for model.moe in ("torch", "cuda"):
-        with torch.autocast(device, torch.bfloat16):
-            _, loss = model(ids, pixels, mask, ids)
-        results[model.moe] = loss.detach(), gradients(model, loss)
+def test_autocast_reaches_the_kernel_and_rounds_no_more_than_it_does_elsewhere(device):
     x, w, rows, counts = (t.to(device) for t in (torch.randn(6, 32), torch.randn(8, 32), torch.arange(6),
                                                  torch.tensor([3, 3])))
     with torch.autocast(device, torch.bfloat16):
         assert cuda_mmoe_linear(x, w, w, rows, counts).dtype == F.linear(x, w).dtype == torch.bfloat16
         assert cuda_mmoe_swiglu(x, (w, w, w.T), (w, w, w.T), rows, counts).dtype == torch.bfloat16
     assert cuda_mmoe_linear(x, w, w, rows, counts).dtype == torch.float32
-    assert_close(results["cuda"][0], results["torch"][0], rtol=0.01, atol=0)
-    for name, grad in results["torch"][1].items():
-        ours = results["cuda"][1][name]
-        assert ours.dtype == torch.float32 and (ours - grad).norm() <= 0.05 * grad.norm() + 1e-3, name
+    model, results = tiny().to(device), {}
+    ids, pixels, mask = (t.to(device) for t in batch_of([[False, True, True, False], [True, False]]))
+    for name in ("exact", "torch", "cuda"):
+        model.moe = "torch" if name == "exact" else name
+        with torch.autocast(device, torch.bfloat16, enabled=name != "exact"):
+            _, loss = model(ids, pixels, mask, ids)
+        grads = gradients(model, loss)
+        assert {g.dtype for g in grads.values()} == {torch.float32}          # that of the parameters
+        results[name] = torch.cat([g.flatten() for g in grads.values()])
+    error = {name: (grad - results["exact"]).norm() for name, grad in results.items()}
+    assert 0 < error["cuda"] < 1.5 * error["torch"] < 0.1 * results["exact"].norm()
 
 
 def test_torch_compile_takes_a_model_with_the_kernel():
@@ -2025,26 +2026,30 @@ def test_widths_that_the_kernel_cannot_take_are_one_error_that_names_another_bac
 
 # ---------------------------------------------------------------- the kernel: the build
 
-def test_a_kernel_that_cannot_be_built_warns_once_and_says_why(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    kernel_library.__wrapped__.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="no-such-compiler"):
-            assert kernel_library(torch.device("cpu")) is None
-        assert Routing(torch.tensor([[True, False]]), backend="cuda").backend == "torch"
-        with pytest.raises(RuntimeError, match="choose the torch back end"):      # and no second warning
-            kernel_route(torch.zeros(4, dtype=torch.uint8))
-    finally:
-        kernel_library.__wrapped__.cache_clear()
+@pytest.fixture
+def no_library_yet(monkeypatch):
+    """kernel_library as in a fresh process; the one that other tests share comes back afterwards."""
+    fresh = functools.cache(inspect.unwrap(kernel_library))
+    monkeypatch.setattr(mono_internvl, "kernel_library", fresh)
 
 
-def test_on_a_cpu_the_cuda_back_end_says_once_what_it_is():
-    kernel_library.__wrapped__.cache_clear()
+def test_on_a_cpu_the_cuda_back_end_says_once_what_it_is(no_library_yet):
     with pytest.warns(UserWarning, match="for tests and study") as warned:
         for _ in range(3):
             assert Routing(torch.tensor([[True, False]]), backend="cuda").backend == "cuda"
     assert len(warned) == 1
+
+
+def test_a_kernel_that_cannot_be_built_says_why_once_and_models_fall_back_to_torch(no_library_yet, tmp_path,
+                                                                                   monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="no-such-compiler") as warned:
+        for _ in range(3):
+            assert Routing(torch.tensor([[True, False]]), backend="cuda").backend == "torch"
+    assert len(warned) == 1
+    with pytest.raises(RuntimeError, match="choose the torch back end"):
+        kernel_route(torch.zeros(4, dtype=torch.uint8))
 
 
 def test_two_processes_build_once_and_a_killed_build_stops_nobody(tmp_path):
