@@ -359,8 +359,10 @@ def launch_kernel(function: str, device: torch.device, *arguments: Tensor | int 
 
 def plain(t: Tensor | None) -> Tensor | None:
     """As the kernels read it: contiguous, at a multiple of 16 bytes. Copied only if it is not so already."""
-    t = t if t is None else t.contiguous()
-    return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 @torch.library.custom_op("mono_internvl::moe_route", mutates_args=())
@@ -374,10 +376,10 @@ def kernel_route(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("mono_internvl::moe_linear", mutates_args=())
-def kernel_linear(x: Tensor, w_text: Tensor, w_visual: Tensor, rows: Tensor,
-                  counts: Tensor, residual: Tensor | None, gather: bool, scatter: bool,
-                  tile: int) -> Tensor:
-    """x (N, K), weights (M, K) -> (N, M). x is in routed order unless gather, y unless scatter."""
+def kernel_linear(x: Tensor, w_text: Tensor, w_visual: Tensor, rows: Tensor, counts: Tensor,
+                  residual: Tensor | None, gather: bool, scatter: bool, tile: int) -> Tensor:
+    """x (N, K), weights (M, K) -> (N, M). x is in routed order unless gather, y unless scatter. tile: 0, or
+    an `enum Choice` of moe_kernel.cu."""
     y, rows = x.new_empty(len(x), len(w_text)), plain(rows)
     launch_kernel("mmoe_linear", x.device, *map(plain, (x, w_text, w_visual, residual)), y,
                   rows if gather else None, rows if scatter else None, plain(counts), *x.shape, len(w_text),
@@ -452,8 +454,7 @@ kernel_linear.register_autograd(linear_backward, setup_context=linear_setup)
 kernel_swiglu.register_autograd(swiglu_backward, setup_context=swiglu_setup)
 
 
-def check_kernel_inputs(x: Tensor, weights: Sequence[Tensor], rows: Tensor,
-                        counts: Tensor) -> None:
+def check_kernel_inputs(x: Tensor, weights: Sequence[Tensor], rows: Tensor, counts: Tensor) -> None:
     """Raises InputError for what moe_kernel.cu cannot do. weights: all (M, K)."""
     tensors, shape, problem = (x, *weights, rows, counts), weights[0].shape, None
     if x.dim() != 2 or len(shape) != 2 or x.shape[1] != shape[1] or any(w.shape != shape for w in weights):
