@@ -11,7 +11,6 @@ import codecs
 import difflib
 import io
 import json
-import math
 import random
 import re
 import typing
@@ -384,7 +383,7 @@ def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) 
 TILE = 48
 COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 89, 214), "yellow": (240, 210, 30),
           "purple": (140, 60, 190), "white": (245, 245, 245)}
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+SHAPES = ("square", "ring", "triangle", "line", "cross")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = ("cat", "dog", "sun", "bus", "box", "cup", "hat", "key", "map", "pen", "zoo", "fly")
@@ -409,54 +408,53 @@ def blank(rng: random.Random, width: int = TILE) -> tuple[Image.Image, ImageDraw
     return image, ImageDraw.Draw(image)
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, rng: random.Random, shape: str, color: str, size: str,
-               place: int) -> list[int]:
-    """Draws it in its cell of the 3×3 grid. Returns its box [x1, y1, x2, y2] in 0..1000, as if it stood in the
-    middle of the cell; it is up to a pixel off, so that no two pictures are the same."""
-    r = 7 if size == "large" else 4
-    centers = [8 + 16 * cell for cell in (place % 3, place // 3)]
-    box = [round((v + side) * 1000 / TILE) for side in (-r, r) for v in centers]
-    x, y = (v + rng.randrange(-1, 2) for v in centers)
-    if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=COLORS[color])
-    elif shape == "square":
-        draw.rectangle((x - r, y - r, x + r, y + r), fill=COLORS[color])
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, color: str, size: str, place: int) -> list[int]:
+    """Draws it into its cell of the 3×3 grid; its box [x1, y1, x2, y2] in 0..1000."""
+    r = 7 if size == "large" else 5
+    x, y = (8 + 16 * cell for cell in (place % 3, place // 3))
+    box, fill = (x - r, y - r, x + r, y + r), COLORS[color]
+    if shape == "square":
+        draw.rectangle(box, fill)
+    elif shape == "ring":
+        draw.ellipse(box, outline=fill, width=2)
     elif shape == "triangle":
-        draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=COLORS[color])
-    elif shape == "star":
-        spikes = [(r * (0.45 if i % 2 else 1), i * math.pi / 5) for i in range(10)]
-        draw.polygon([(x + s * math.sin(a), y - s * math.cos(a)) for s, a in spikes], fill=COLORS[color])
-    else:                                          # cross
-        draw.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill=COLORS[color])
-        draw.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill=COLORS[color])
-    return box
+        draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill)
+    else:                                          # a line, or two that cross
+        draw.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill)
+        if shape == "cross":
+            draw.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill)
+    return [round(v * 1000 / TILE) for v in box]
 
 
 def make_scene(rng: random.Random, n: int | None = None) -> Picture:
     n = n or rng.randrange(2, 4)
-    shapes, colors = rng.sample(SHAPES, n), rng.sample(list(COLORS), n)
-    sizes, places = rng.choices(("small", "large"), k=n), sorted(rng.sample(range(9), n))   # in reading order
-    things = list(zip(shapes, colors, sizes, places, strict=True))
+    places = sorted(rng.sample(range(9), n))       # one combination has one key, whatever the order
+    things = list(zip(rng.sample(SHAPES, n), rng.sample(list(COLORS), n), rng.choices(("small", "large"), k=n),
+                      places, strict=True))
     image, draw = blank(rng)
     questions = []
     for shape, color, size, place in things:
-        box = draw_shape(draw, rng, shape, color, size, place)
+        box = draw_shape(draw, shape, color, size, place)
         # an answer says again what it is about: the model finds the thing, then names what was asked for
-        questions += [("color", f"What color is the {shape}?", f"The {shape} is {color}."),
+        questions += [("color", f"What color is at the {PLACES[place]}?", f"The {PLACES[place]} is {color}."),
                       ("shape", f"What shape is {color}?", f"The {color} shape is a {shape}."),
-                      ("size", f"How big is the {shape}?", f"The {shape} is {size}."),
-                      ("position", f"Where is the {shape}?", f"The {shape} is at the {PLACES[place]}."),
-                      ("box", f"Find the {shape}.", f"<ref>{shape}</ref><box>[{box}]</box>")]
+                      ("size", f"How big is the {color} shape?", f"The {color} shape is {size}."),
+                      ("position", f"Where is the {color} shape?",
+                       f"The {color} shape is at the {PLACES[place]}."),
+                      ("box", f"Find the {color} shape.", f"<ref>{color} shape</ref><box>[{box}]</box>")]
     if n > 1:
-        (a, *_, p), (b, *_, q) = rng.sample(things, 2)
+        (_, a, _, p), (_, b, _, q) = rng.sample(things, 2)
         word, holds = rng.choice([("left of", p % 3 < q % 3)] * (p % 3 != q % 3)
                                  + [("above", p // 3 < q // 3)] * (p // 3 != q // 3))
-        questions.append(("relation", f"Is the {a} {word} the {b}?", f"The {a} is at the {PLACES[p]}, "
-                          f"the {b} is at the {PLACES[q]}: {'yes' if holds else 'no'}."))
-    alt = " and ".join(f"{color} {shape}" for shape, color, *_ in things)
-    form = rng.choice(("a {size} {color} {shape} at the {place}", "the {shape} is {color}, {size}, at the {place}"))
-    text = ", ".join(form.format(shape=shape, color=color, size=size, place=PLACES[p])
-                     for shape, color, size, p in things)
+        questions.append(("relation", f"Is {a} {word} {b}?", f"The {a} shape is at the {PLACES[p]}, "
+                          f"the {b} shape is at the {PLACES[q]}: {'yes' if holds else 'no'}."))
+    # Described in any order, each thing by its place or color first: what follows must be looked up, not counted.
+    form = rng.choice(("at the {place} a {size} {color} {shape}",
+                       "the {color} shape is a {size} {shape} at the {place}"))
+    described = rng.sample(things, n)
+    text = ", ".join(form.format(shape=shape, color=color, size=size, place=PLACES[place])
+                     for shape, color, size, place in described)
+    alt = " and ".join(f"{color} {shape}" for shape, color, *_ in described)
     return Picture(image, f"scene: {things}", alt, text + ".", questions)
 
 
@@ -469,7 +467,7 @@ def make_count(rng: random.Random) -> Picture:
     places = sorted(rng.sample(range(9), n))
     image, draw = blank(rng)
     for place in places:
-        draw_shape(draw, rng, shape, color, "small", place)
+        draw_shape(draw, shape, color, "small", place)
     things = f"{color} {shape}" + ("" if n == 1 else "es" if shape == "cross" else "s")
     return Picture(image, f"count: {things} at {places}", things, f"{NUMBERS[n]} {things}.",
                    [("count", f"How many {color} shapes are there?", f"{NUMBERS[n]}.")])
@@ -565,7 +563,7 @@ def turns(*texts: str) -> list[dict]:
 
 def world_conversation(stage: str, rng: random.Random, split: str = "train"):
     """What stage S0, S1.1, S1.2, S1.3 or S2 learns from: a conversation, and its picture or None."""
-    one_or_more = (5, 1) if stage in ("S1.1", "S1.2") else (2, 4)       # things in a scene: first one by one
+    one_or_more = {"S1.1": (5, 1), "S1.2": (4, 3)}.get(stage, (2, 4))   # things in a scene: first one by one
     kind = rng.choices(list(KINDS), (*one_or_more, 1, 1, 1.5, 1.5))[0]
     picture = make_picture(rng, kind, split)
     if stage == "S1.1":                            # web alt text: a sixth is another picture's, a sixth junk
@@ -597,7 +595,7 @@ def world_conversation(stage: str, rng: random.Random, split: str = "train"):
 
 
 class World(Dataset):
-    """The samples of one stage, with JsonlDataset's fields. Sample i is the same wherever and whenever it is
+    """The endless samples of one stage, with JsonlDataset's fields. Sample i is the same wherever and whenever it is
     made: its random numbers come from (seed, stage, i). In S0, as in any pre-training, every token is
     supervised."""
 
@@ -605,9 +603,6 @@ class World(Dataset):
                  seed: int = 0, split: str = "train"):
         self.stage, self.tok, self.config, self.max_tiles = stage, tok, config, max_tiles
         self.seed, self.split = seed, split
-
-    def __len__(self) -> int:
-        return 1 << 40
 
     def __getitem__(self, i: int) -> dict:
         rng = random.Random(f"{self.split}/{self.seed}/{self.stage}/{i}")

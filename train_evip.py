@@ -9,12 +9,14 @@ Read RECIPES first: the table of stages is the paper. Then: one stage, the evalu
 Each stage leaves a checkpoint in the official format in out/RECIPE/STAGE/, and log.jsonl has every step.
 """
 import copy
+import itertools
 import json
 import math
 import random
 import re
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ from mono_internvl import InputError, MonoInternVL, MonoInternVLConfig
 # ---------------------------------------------------------------- the recipes
 
 # Delta tuning: a stage trains the parameters whose name matches, all others stay frozen, bit for bit.
-VISION = r"vision_model\.embeddings\.(patch|position)|mlp1|_ve\."       # vision embedding, mlp1, visual experts
+VISION = r"vision_model\.embeddings\.(patch|position)|mlp1|_ve\."     # vision embedding, mlp1, visual experts
 TRAINABLE = {
     "text": rf"^(?!.*({VISION}|class_embedding))",                      # the LLM, to have one to freeze
     "visual": VISION,                                                   # FFN_v, and in 1.5 wqkv_v, wo_v
@@ -66,29 +68,30 @@ class Stage:
 
 
 S0 = Stage("S0", "language, from text alone", "text", 1, 300, 1e-3, "cosine", "a pre-trained InternLM2-1.8B")
+CONCEPT, SEMANTIC = "concepts, from noisy alt texts", "semantics, from clean captions"
+ALIGN, INSTRUCT = "alignment: captions, boxes, OCR", "instructions: questions in turns"
 RECIPES = {
     "evip": (                                                           # Mono-InternVL [v1]
         S0,
-        Stage("S1.1", "concepts, from noisy alt texts", "visual", 4, 400, 3e-3, "constant", "922 M, 2e-4 (?)"),
-        Stage("S1.2", "semantics, from clean captions", "visual", 6, 900, 3e-3, "constant", "258 M, 1e-4 (?)"),
-        Stage("S1.3", "alignment: captions, boxes, OCR", "visual + attention", 12, 300, 2e-3, "constant",
-              "143 M, 5e-5"),
-        Stage("S2", "instructions: questions in turns", "all", 24, 1500, 2e-3, "cosine", "5-7 M, 4e-5 cosine")),
-    "evip++": (                                                         # Mono-InternVL-1.5: 58 % less data [v1.5]
+        Stage("S1.1", CONCEPT, "visual", 4, 600, 1.5e-3, "constant", "922 M, 2e-4 constant (?)"),
+        Stage("S1.2", SEMANTIC, "visual", 6, 2000, 1.5e-3, "constant", "258 M, 1e-4 (?)"),
+        Stage("S1.3", ALIGN, "visual + attention", 12, 300, 1e-3, "constant", "143 M, 5e-5"),
+        Stage("S2", INSTRUCT, "all", 24, 1200, 1e-3, "cosine", "5-7 M, 4e-5 cosine")),
+    "evip++": (                                                         # Mono-InternVL-1.5, 58 % less data [v1.5]
         S0,
-        Stage("S1.1", "concepts, from noisy alt texts", "visual", 4, 300, 1.5e-3, "constant", "250 M (?)"),
-        Stage("S1.2", "semantics, from clean captions", "visual", 6, 1300, 1.5e-3, "constant", "150 M (?)"),
-        Stage("S1.3", "alignment: captions, boxes, OCR", "visual + attention", 12, 300, 1e-3, "constant",
-              "150 M"),
-        Stage("S2", "instructions: questions in turns", "all", 24, 1200, 1e-3, "cosine", "7 M")),
+        Stage("S1.1", CONCEPT, "visual", 4, 300, 1.5e-3, "constant", "250 M (?)"),
+        Stage("S1.2", SEMANTIC, "visual", 6, 1300, 1.5e-3, "constant", "150 M (?)"),
+        Stage("S1.3", ALIGN, "visual + attention", 12, 500, 1e-3, "constant", "150 M"),
+        Stage("S2", INSTRUCT, "all", 24, 1200, 1e-3, "cosine", "7 M")),
 }
 
 
 def tiny_config(recipe: str, tok: Tokenizer) -> MonoInternVLConfig:
     """About a million parameters; pictures of 48 pixels become 3×3 visual tokens."""
     return MonoInternVLConfig(
-        vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, rope_theta=100.0,       # short texts: fast rotations
+        vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        rope_theta=100.0,                                               # texts are short: fast rotations
         attn_experts="qkvo" if recipe == "evip++" else "", vision_hidden_size=48, patch_size=8, image_size=48,
         max_dynamic_patch=2, bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id,
         img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
@@ -99,7 +102,7 @@ class Flags:
     recipe: str = flag("evip++", "evip (v1) or evip++ (1.5)", choices=list(RECIPES))
     stages: list[str] = flag([], "stages to run, e.g. S1.3 S2 (default: all)")
     out: str | None = flag(None, "folder of the run (default: out/RECIPE)")
-    init_from: str | None = flag(None, "checkpoint folder to start from (default: the stage before, or nothing)")
+    init_from: str | None = flag(None, "checkpoint to start from (default: the stage before, or nothing)")
     data: str | None = flag(None, "meta.json of your own data (default: the embedded world)")
     batch_size: int = flag(16, "samples per forward pass")
     grad_accum: int = flag(1, "forward passes per optimizer step")
@@ -112,8 +115,8 @@ class Flags:
     max_bad: float = flag(0.01, "part of the samples that may be unreadable before training stops")
     seed: int = flag(0, "of weights, samples and their order")
     device: str = flag("auto", "cpu, cuda, ...; auto is cuda if there is one")
-    dtype: str = flag("auto", "of the forward pass (autocast; weights are float32): auto is bfloat16 on a GPU that "
-                      "has it, else float32", choices=["auto", "float32", "bfloat16"])
+    dtype: str = flag("auto", "of the forward pass (autocast; weights stay float32): auto is bfloat16 on a GPU "
+                      "that has it, else float32", choices=["auto", "float32", "bfloat16"])
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch"])
     eval_questions: int = flag(100, "held-out questions per task at the end")
 
@@ -137,28 +140,27 @@ def batches(dataset, flags: Flags, pad_id: int, log: Log) -> Iterator[dict]:
     An unreadable sample is named, counted and left out; more than max_bad of them stop the training."""
     rng, bad, seen = random.Random(flags.seed), set(), 0
 
-    def order() -> Iterator[int]:
+    def shuffled(n: int) -> Iterator[int]:
         while True:
-            if isinstance(dataset, World):
-                yield from range(len(dataset))                          # endless and random by itself
-            yield from rng.sample(range(len(dataset)), len(dataset))
+            yield from rng.sample(range(n), n)
 
-    indices = order()
+    order = itertools.count() if isinstance(dataset, World) else shuffled(len(dataset))
     while True:
         pool = []
         while len(pool) < 8 * flags.batch_size:
-            i = next(indices)
+            i = next(order)
             seen += 1
             try:
                 if i not in bad:
                     pool.append(dataset[i])
             except InputError as e:
                 bad.add(i)
-                tqdm.write(f"bad sample {len(bad)}, left out: {e}", file=sys.stderr)
+                tqdm.write(f"bad sample, left out: {e}", file=sys.stderr)
                 log.write(event="bad sample", error=str(e))
-                if len(bad) > flags.max_bad * min(len(dataset), max(seen, 1000)):
-                    raise InputError(f"{len(bad)} of {min(seen, len(dataset))} samples are unreadable, more than "
-                                     f"--max_bad {flags.max_bad:g} allows; the last: {e}") from None
+                # the limit holds for the samples so far, or for the first 1000 while they are few
+                if len(bad) > flags.max_bad * min(len(dataset), max(seen, 1000)) or len(bad) == len(dataset):
+                    raise InputError(f"{len(bad)} of {min(seen, len(dataset))} samples are unreadable; "
+                                     f"--max_bad {flags.max_bad:g} allows fewer. The last: {e}") from None
         pool.sort(key=lambda sample: len(sample["input_ids"]))
         groups = [pool[i:i + flags.batch_size] for i in range(0, len(pool), flags.batch_size)]
         rng.shuffle(groups)
@@ -207,7 +209,8 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
                 part = model(**m)[1] * (count / max(1, sum(counts)))
             part.backward()
             loss += part.item()
-            tokens += m["input_ids"].numel() if m["attention_mask"] is None else int(m["attention_mask"].sum())
+            mask = m["attention_mask"]
+            tokens += m["input_ids"].numel() if mask is None else int(mask.sum())
         if not math.isfinite(loss):
             raise InputError(f"the loss of {stage.name} is {loss} at step {step}; lower --lr")
         norm = torch.nn.utils.clip_grad_norm_(trainable, flags.grad_clip).item()
@@ -239,17 +242,19 @@ def answer(model: MonoInternVL, tok: Tokenizer, asked: list[tuple[torch.Tensor, 
     for pixels, question in asked:
         ids, labels = encode_conversation(tok, turns("<image>\n" + question), [len(pixels)],
                                           model.config.tokens_per_tile)
-        samples.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": pixels})
+        samples.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
+                        "pixel_values": pixels})
     batch = collate(samples, tok.pad_id, left=True)
     del batch["labels"]
     batch = {k: v if v is None else v.to(model.language_model.output.weight.device) for k, v in batch.items()}
     rows = torch.stack(list(model.generate(**batch, max_new_tokens=40, eos_token_id=end)), 1).tolist()
-    return [tok.decode(row[:row.index(end)] if end in row else row, skip_special_tokens=False) for row in rows]
+    return [tok.decode(row[:row.index(end)] if end in row else row, skip_special_tokens=False)
+            for row in rows]
 
 
 def evaluate(model: MonoInternVL, tok: Tokenizer, n: int) -> tuple[dict, list]:
-    """({task: {"accuracy", "blank", "chance"}}, examples). Held-out questions, and the same about a grey image:
-    the control which shows that answers come from the picture."""
+    """({task: {"accuracy", "blank", "chance"}}, examples). Held-out questions, and the same about a grey
+    image: the control which shows that answers come from the picture."""
     c, table, examples = model.config, {}, []
     for task, chance in TASKS.items():
         questions = held_out_questions(task, n)
@@ -264,7 +269,7 @@ def evaluate(model: MonoInternVL, tok: Tokenizer, n: int) -> tuple[dict, list]:
             right = [is_correct(task, a, truth) for a, (_, _, truth) in zip(answers, questions, strict=True)]
             table[task][name] = sum(right) / n
             if shade is None:
-                examples += [(*q, a, ok) for q, a, ok in list(zip(questions, answers, right, strict=True))[:2]]
+                examples += [(*questions[i], answers[i], right[i]) for i in range(min(2, n))]
     table["mean"] = {column: sum(row[column] for row in table.values()) / len(TASKS)
                      for column in ("accuracy", "blank", "chance")}
     return table, examples
@@ -308,8 +313,9 @@ def plot_predictions(examples: list, path: Path):
     for ax, (picture, question, truth, said, ok) in zip(axes.flat, examples, strict=False):
         ax.imshow(picture.image)
         ax.set_axis_off()
-        lines = [text if len(text) < 40 else text[:38] + "…" for text in (question, said, "" if ok else truth)]
-        ax.set_title("\n".join(lines), fontsize=9, color="darkgreen" if ok else "firebrick")
+        lines = (question, said) if ok else (question, said, "✗ " + truth)
+        ax.set_title("\n".join(textwrap.shorten(line, 42, placeholder="…") for line in lines), fontsize=9,
+                     color="darkgreen" if ok else "firebrick")
     fig.tight_layout()
     fig.savefig(path, dpi=90)
     plt.close(fig)
@@ -336,7 +342,7 @@ def save(model: MonoInternVL, tok: Tokenizer, folder: Path):
         if (tok.folder / name).exists() and tok.folder != folder:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(tok.folder / name, folder / name)
-    model.save_pretrained(folder)                                       # config.json last: then it is complete
+    model.save_pretrained(folder)      # config.json comes last: a folder that has it is complete
 
 
 def run(flags: Flags):
@@ -348,8 +354,8 @@ def run(flags: Flags):
     if flags.data and stages[0].name == "S0":
         raise InputError("S0 makes the embedded world's own language model; with --data, name other --stages")
     for name, fits in (("batch_size", flags.batch_size > 0), ("grad_accum", flags.grad_accum > 0),
-                       ("steps", flags.steps is None or flags.steps > 0), ("max_bad", 0 <= flags.max_bad <= 1),
-                       ("eval_questions", flags.eval_questions > 0)):
+                       ("steps", flags.steps is None or flags.steps > 0),
+                       ("max_bad", 0 <= flags.max_bad <= 1), ("eval_questions", flags.eval_questions > 0)):
         if not fits:
             raise InputError(f"--{name} is {getattr(flags, name)}, out of range")
     if flags.device == "auto":
@@ -363,9 +369,9 @@ def run(flags: Flags):
     model.to(flags.device)
     model.moe = flags.moe
     counts = model.parameter_counts()
-    print(f"{flags.recipe}: {counts['total'] / 1e6:.2f} M parameters, {counts['text'] / 1e6:.2f} M for a text "
-          f"token, {counts['visual'] / 1e6:.2f} M for a visual token; {flags.device}, {flags.dtype}, "
-          f"{torch.get_num_threads()} threads; writes {out}/")
+    total, text, visual = (counts[key] / 1e6 for key in ("total", "text", "visual"))
+    print(f"{flags.recipe}: {total:.2f} M parameters, {text:.2f} M for a text token, {visual:.2f} M for a visual "
+          f"token; {flags.device}, {flags.dtype}, {torch.get_num_threads()} threads; writes {out}/")
     print(f"{'stage':6}{'learns':34}{'trains':20}{'tiles':>5}{'steps':>7}{'lr':>8}  2B model in the paper")
     for s in stages:
         print(f"{s.name:6}{s.goal:34}{s.trainable:20}{s.max_tiles:5}{flags.steps or s.steps:7}"
@@ -375,7 +381,7 @@ def run(flags: Flags):
     report = {"recipe": flags.recipe, "seed": flags.seed, "torch": torch.__version__}
     for stage in stages:
         if stage.name == "S1.1" and flags.init_from is None:
-            model.copy_text_experts()                                   # EViP begins: vision starts from language
+            model.copy_text_experts()  # EViP begins: vision starts from language
         delta = stage.trainable == "visual"
         before = (copy.deepcopy(model.state_dict()), *text_probe(model, tok)) if delta else None
         dataset = load_meta(flags.data, tok, model.config, stage.max_tiles, flags.max_tokens, flags.seed) \
