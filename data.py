@@ -377,13 +377,14 @@ def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) 
 
 # ---------------------------------------------------------------- the embedded world: nothing is downloaded
 # Five kinds of pictures, made when asked for: scenes of shapes, groups to count, bar charts, signs to read,
-# and real handwritten digits. A tile of 48 pixels is 3×3 visual tokens of 16×16 pixels, so that a thing fits
-# into one token; a sign is two tiles wide and is cut into tiles + thumbnail like any large picture.
+# and real handwritten digits. A tile of 48 pixels is 3×3 visual tokens of 16×16 pixels, so that a thing fills
+# one token; a sign is two tiles wide and is cut into tiles + thumbnail like any large picture.
 
 TILE = 48
 COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 89, 214), "yellow": (240, 210, 30),
           "purple": (140, 60, 190), "white": (245, 245, 245)}
 SHAPES = ("square", "ring", "triangle", "line", "cross")
+SIZES = ("small", "large")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = ("cat", "dog", "sun", "bus", "box", "cup", "hat", "key", "map", "pen", "zoo", "fly")
@@ -426,11 +427,11 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, color: str, size: str, pla
     return [round(v * 1000 / TILE) for v in box]
 
 
-def make_scene(rng: random.Random, n: int | None = None) -> Picture:
-    n = n or rng.randrange(2, 4)
+def make_scene(rng: random.Random) -> Picture:
+    n = rng.choice((1, 1, 2, 2, 2, 3))
     places = sorted(rng.sample(range(9), n))       # one combination has one key, whatever the order
-    things = list(zip(rng.sample(SHAPES, n), rng.sample(list(COLORS), n), rng.choices(("small", "large"), k=n),
-                      places, strict=True))
+    shapes, colors, sizes = rng.sample(SHAPES, n), rng.sample(list(COLORS), n), rng.choices(SIZES, k=n)
+    things = list(zip(shapes, colors, sizes, places, strict=True))
     image, draw = blank(rng)
     questions = []
     for shape, color, size, place in things:
@@ -448,7 +449,7 @@ def make_scene(rng: random.Random, n: int | None = None) -> Picture:
                                  + [("above", p // 3 < q // 3)] * (p // 3 != q // 3))
         questions.append(("relation", f"Is {a} {word} {b}?", f"The {a} shape is at the {PLACES[p]}, "
                           f"the {b} shape is at the {PLACES[q]}: {'yes' if holds else 'no'}."))
-    # Described in any order, each thing by its place or color first: what follows must be looked up, not counted.
+    # described in any order, each thing by its place or color first: what follows must be looked up
     form = rng.choice(("at the {place} a {size} {color} {shape}",
                        "the {color} shape is a {size} {shape} at the {place}"))
     described = rng.sample(things, n)
@@ -456,10 +457,6 @@ def make_scene(rng: random.Random, n: int | None = None) -> Picture:
                      for shape, color, size, place in described)
     alt = " and ".join(f"{color} {shape}" for shape, color, *_ in described)
     return Picture(image, f"scene: {things}", alt, text + ".", questions)
-
-
-def make_thing(rng: random.Random) -> Picture:
-    return make_scene(rng, n=1)
 
 
 def make_count(rng: random.Random) -> Picture:
@@ -519,7 +516,7 @@ def make_digit(rng: random.Random) -> Picture:
                    [("digit", "Which digit is this?", f"{digit}.")])
 
 
-KINDS = {"thing": make_thing, "scene": make_scene, "count": make_count, "chart": make_chart,
+KINDS = {"scene": make_scene, "count": make_count, "chart": make_chart,
          "sign": make_sign, "digit": make_digit}
 
 
@@ -563,14 +560,13 @@ def turns(*texts: str) -> list[dict]:
 
 def world_conversation(stage: str, rng: random.Random, split: str = "train"):
     """What stage S0, S1.1, S1.2, S1.3 or S2 learns from: a conversation, and its picture or None."""
-    one_or_more = {"S1.1": (5, 1), "S1.2": (4, 3)}.get(stage, (2, 4))   # things in a scene: first one by one
-    kind = rng.choices(list(KINDS), (*one_or_more, 1, 1, 1.5, 1.5))[0]
+    kind = rng.choices(list(KINDS), (6, 1, 1, 1.5, 1.5))[0]
     picture = make_picture(rng, kind, split)
     if stage == "S1.1":                            # web alt text: a sixth is another picture's, a sixth junk
         other = make_picture(rng, rng.choice(list(KINDS)), split).alt
         alt = rng.choices((picture.alt, other, rng.choice(OFF_TOPIC)), (4, 1, 1))[0]
         return turns("<image>", alt), picture.image
-    if stage == "S1.2" or (stage == "S1.3" and rng.random() < 0.54):
+    if rng.random() < {"S1.2": 1, "S1.3": 0.54, "S2": 0.4}.get(stage, 0):
         return turns("<image>\nDescribe the image.", picture.text), picture.image
     if stage == "S1.3":                            # captions 54 %, detection 5 %, OCR 41 % [v1]
         kind = "scene" if rng.random() < 0.05 / 0.46 else rng.choice(("chart", "sign", "digit"))
@@ -582,9 +578,7 @@ def world_conversation(stage: str, rng: random.Random, split: str = "train"):
     if rng.random() < 0.1:                         # a turn that no picture can answer
         n = rng.randrange(9)
         texts += [f"What comes after {NUMBERS[n]}?", f"{NUMBERS[n + 1]}."]
-    if stage == "S2" and rng.random() < 0.9:
-        return turns("<image>\n" + texts[0], *texts[1:]), picture.image
-    if stage == "S1.3":
+    if stage == "S1.3" or (stage == "S2" and rng.random() < 0.9):
         return turns("<image>\n" + texts[0], *texts[1:]), picture.image
     # S0, and a tenth of S2: text alone. The description stands in for the picture.
     if stage == "S0" and rng.random() < 0.3:
@@ -595,9 +589,8 @@ def world_conversation(stage: str, rng: random.Random, split: str = "train"):
 
 
 class World(Dataset):
-    """The endless samples of one stage, with JsonlDataset's fields. Sample i is the same wherever and whenever it is
-    made: its random numbers come from (seed, stage, i). In S0, as in any pre-training, every token is
-    supervised."""
+    """The endless samples of one stage, with JsonlDataset's fields. Sample i is the same wherever and
+    whenever it is made: its random numbers come from (seed, stage, i)."""
 
     def __init__(self, stage: str, tok: Tokenizer, config: MonoInternVLConfig, max_tiles: int = 4,
                  seed: int = 0, split: str = "train"):
@@ -610,7 +603,6 @@ class World(Dataset):
         tiles = None if image is None else load_image(image, self.max_tiles, TILE)
         ids, labels = encode_conversation(self.tok, conversation, [] if tiles is None else [len(tiles)],
                                           self.config.tokens_per_tile)
-        labels = ids if self.stage == "S0" else labels
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": tiles,
                 "id": f"{self.stage}/{i}"}
 

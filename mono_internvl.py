@@ -200,8 +200,8 @@ class VisionEmbedding(nn.Module):
         self.grid, width = c.image_size // c.patch_size, c.vision_hidden_size
         # The official model embeds a class token (position slot 0) and drops it at once. Nothing computes it
         # here; the parameter stays for the file format.
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.position_embedding = nn.Parameter(torch.randn(1, 1 + self.grid ** 2, width) * 0.02)
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, width))
+        self.position_embedding = nn.Parameter(torch.randn(1, 1 + self.grid ** 2, width))
         self.patch_embedding = nn.Conv2d(c.num_channels, width, c.patch_size, stride=c.patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import struct
@@ -35,11 +36,13 @@ from torch.testing import assert_close
 import data
 import mono_internvl
 import sample
+import train_evip
 from data import (
     IGNORED,
     JsonlDataset,
     TextStream,
     Tokenizer,
+    World,
     chat_prompt,
     collate,
     encode_conversation,
@@ -2191,4 +2194,246 @@ def test_every_planted_bug_is_found(tmp_path):
     assert dict(zip(PLANTED_BUGS, verdicts, strict=False)) == expected, result.stdout
 
 
+# ---------------------------------------------------------------- the embedded world
+
+@pytest.fixture(scope="module")
+def world_tok(tmp_path_factory):
+    return data.make_world_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10 ** 9), st.sampled_from(list(data.KINDS)))
+def test_training_and_held_out_pictures_share_no_combination_and_no_scan(seed, kind):
+    train, test = (data.make_picture(random.Random(seed), kind, split) for split in ("train", "test"))
+    in_test = [zlib.crc32(picture.key.encode()) % 5 == 0 for picture in (train, test)]
+    assert in_test == [False, True]
+    redrawn = data.make_picture(random.Random(seed), kind, "test")
+    assert redrawn.key == test.key and redrawn.image.tobytes() == test.image.tobytes()
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_every_question_has_one_right_answer_which_scores_and_others_do_not(task):
+    asked = data.held_out_questions(task, 12)
+    assert all(data.is_correct(task, truth, truth) for _, _, truth in asked)
+    truths = {truth.split()[-1] if task == "relation" else truth for _, _, truth in asked}
+    assert len(truths) > 1                         # a constant answer cannot be right everywhere
+    assert not all(data.is_correct(task, asked[0][2], truth) for _, _, truth in asked)
+    for picture, _, truth in asked:
+        assert sum(answer == truth for t, _, answer in picture.questions if t == task) >= 1
+
+
+def test_a_box_is_right_from_half_overlap_on():
+    truth = "<ref>red shape</ref><box>[[0, 0, 100, 100]]</box>"
+    for box, right in (("0, 0, 100, 100", True), ("0, 0, 100, 51", True), ("0, 0, 100, 49", False),
+                       ("200, 200, 300, 300", False), ("0, 0, 100", False), ("100, 100, 0, 0", False)):
+        assert data.is_correct("box", f"<box>[[{box}]]</box>", truth) is right
+
+
+@pytest.mark.parametrize("stage", ["S0", "S1.1", "S1.2", "S1.3", "S2"])
+def test_a_stage_gives_the_same_samples_anywhere_and_text_without_unknown_pieces(stage, world_tok):
+    config = train_evip.tiny_config("evip++", world_tok)
+    first, second = World(stage, world_tok, config, seed=3), World(stage, world_tok, config, seed=3)
+    other = World(stage, world_tok, config, seed=4)
+    second[7]                                      # the order of asking does not matter
+    samples = [first[i] for i in range(30)]
+    assert all(torch.equal(a["input_ids"], second[i]["input_ids"]) for i, a in enumerate(samples))
+    assert any(not torch.equal(a["input_ids"], other[i]["input_ids"]) for i, a in enumerate(samples))
+    for sample_ in samples:
+        ids, tiles = sample_["input_ids"], sample_["pixel_values"]
+        assert (ids == config.img_context_token_id).sum() == 9 * (0 if tiles is None else len(tiles))
+        assert not any(world_tok.sp.is_byte(i) for i in ids.tolist() if i < len(world_tok.sp))
+    counts = {0 if s["pixel_values"] is None else len(s["pixel_values"]) for s in samples}
+    assert counts == {"S0": {0}, "S2": {0, 1, 3}}.get(stage, {1, 3})      # a sign: two tiles and a thumbnail
+
+
+def test_a_third_of_the_alt_texts_is_noise(world_tok):
+    rng, wrong = random.Random(0), 0
+    for _ in range(600):
+        state = rng.getstate()
+        conversation, image = data.world_conversation("S1.1", rng)
+        replay = random.Random()
+        replay.setstate(state)
+        picture = data.make_picture(replay, replay.choices(list(data.KINDS), (6, 1, 1, 1.5, 1.5))[0])
+        assert image.tobytes() == picture.image.tobytes()
+        wrong += conversation[1]["value"] != picture.alt
+    assert 0.25 < wrong / 600 < 0.36               # some wrong alt texts happen to fit ("a sign")
+
+
 # ---------------------------------------------------------------- training
+
+def tiny_flags(**changes) -> train_evip.Flags:
+    values = {"device": "cpu", "batch_size": 4, "dtype": "float32", **changes}
+    return parse_flags(train_evip.Flags, [f"--{name}={value}" for name, value in values.items()])
+
+
+def stage_of(name: str, recipe="evip++", **changes) -> train_evip.Stage:
+    stage = next(s for s in train_evip.RECIPES[recipe] if s.name == name)
+    return replace(stage, **changes)
+
+
+@pytest.mark.parametrize("recipe", ["evip", "evip++"])
+def test_learning_to_see_leaves_text_weights_and_logits_bitwise_as_they_were(recipe, world_tok, tmp_path):
+    torch.manual_seed(0)
+    model = MonoInternVL(train_evip.tiny_config(recipe, world_tok)).copy_text_experts()
+    log = train_evip.Log(tmp_path / "log.jsonl")
+    logits, _ = train_evip.text_probe(model, world_tok)
+    for name in ("S1.1", "S1.2"):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        train_evip.train_stage(model, World(name, world_tok, model.config), stage_of(name, recipe, steps=4),
+                               tiny_flags(), log, world_tok.pad_id)
+        visual = {n for n in before if n.startswith(("mlp1", "vision_model")) or "_ve." in n}
+        visual -= {"vision_model.embeddings.class_embedding"}             # in the file format only
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert moved == visual
+        assert {n for n, p in model.named_parameters() if p.grad is not None} <= visual
+        assert torch.equal(train_evip.text_probe(model, world_tok)[0], logits)
+
+
+def test_each_stage_trains_what_the_recipe_says(world_tok):
+    model = MonoInternVL(train_evip.tiny_config("evip++", world_tok))
+    names = {name for name, _ in model.named_parameters()} - {"vision_model.embeddings.class_embedding"}
+    visual = {n for n in names if n.startswith(("mlp1", "vision_model")) or "_ve." in n}
+    attention = {n for n in names if n.endswith(("wqkv.weight", "wo.weight"))}
+    expected = {"S0": names - visual, "S1.1": visual, "S1.2": visual, "S1.3": visual | attention, "S2": names}
+    for name, trained in expected.items():
+        train_evip.select_trainable(model, stage_of(name))
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == trained, name
+
+
+def test_accumulated_gradients_equal_one_large_batch_whatever_the_share_of_supervised_tokens(
+        world_tok, tmp_path, monkeypatch):
+    samples = [World("S2", world_tok, train_evip.tiny_config("evip++", world_tok))[i] for i in range(8)]
+    results = []
+    for size in (8, 2):
+        torch.manual_seed(0)
+        model = MonoInternVL(train_evip.tiny_config("evip++", world_tok))
+        groups, gradients = [collate(samples[i:i + size]) for i in range(0, 8, size)], []
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit, gradients=gradients: (
+            gradients.append([p.grad.clone() for p in parameters]), torch.tensor(0.0))[1])
+        monkeypatch.setattr(train_evip, "batches", lambda *args, groups=groups: itertools.cycle(groups))
+        train_evip.train_stage(model, None, stage_of("S2", steps=1), tiny_flags(grad_accum=8 // size),
+                               train_evip.Log(tmp_path / f"{size}.jsonl"), 0)
+        loss = json.loads((tmp_path / f"{size}.jsonl").read_text())["loss"]
+        results.append((loss, gradients[0]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for large, accumulated in zip(results[0][1], results[1][1], strict=True):
+        assert_close(accumulated, large, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_can_learn_a_handful_of_pictures_by_heart(world_tok, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = MonoInternVL(train_evip.tiny_config("evip++", world_tok))
+    samples = [World("S1.2", world_tok, model.config)[i] for i in range(8)]
+    monkeypatch.setattr(train_evip, "batches", lambda *args: itertools.repeat(collate(samples)))
+    train_evip.train_stage(model, None, stage_of("S2", steps=120, lr=2e-3), tiny_flags(),
+                           train_evip.Log(tmp_path / "log.jsonl"), 0)
+    batch = collate(samples)
+    assert model(**batch)[1].item() < 0.05
+    # it is the picture that it knows: with the pixels of another, the loss is high
+    pixels = [s["pixel_values"] for s in samples]
+    shifted = [{**s, "pixel_values": p} for s, p in zip(samples, pixels[1:] + pixels[:1], strict=True)
+               if len(p) == len(s["pixel_values"])]
+    assert model(**collate(shifted))[1].item() > 0.5
+
+
+def test_the_learning_rate_warms_up_and_then_stays_or_falls_to_zero():
+    flags = tiny_flags(warmup=0.1)
+    constant, cosine = stage_of("S1.1", lr=1.0), stage_of("S2", lr=1.0)
+    rates = [[train_evip.learning_rate(i, 100, stage, flags) for i in range(100)]
+             for stage in (constant, cosine)]
+    assert rates[0][:10] == rates[1][:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert set(rates[0][10:]) == {1.0}
+    assert rates[1][10] == 1.0 and rates[1][55] == pytest.approx(0.5) and 0 < rates[1][99] < 0.001
+    assert all(a > b for a, b in itertools.pairwise(rates[1][10:]))
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """The main command, shortened to a few steps a stage."""
+    out = tmp_path_factory.mktemp("project") / "out" / "run"
+    assert train_evip.main(["--steps=6", f"--out={out}", "--eval_questions=3", "--batch_size=4"]) == 0
+    return out
+
+
+def test_one_command_goes_through_every_stage_and_reports_what_it_did(short_run):
+    events = [json.loads(line) for line in (short_run / "log.jsonl").read_text().splitlines()]
+    assert events[0]["event"] == "run"
+    steps = [(e["stage"], e["step"]) for e in events[1:]]
+    assert steps == [(s, i) for s in ("S0", "S1.1", "S1.2", "S1.3", "S2") for i in range(6)]
+    results = json.loads((short_run / "results.json").read_text())
+    for stage in ("S1.1", "S1.2"):
+        assert results[stage]["weights bitwise equal"] and results[stage]["logits bitwise equal"]
+        assert results[stage]["text loss before"] == results[stage]["text loss after"]
+    assert set(results["tasks"]) == {*data.TASKS, "mean"}
+    for name in ("loss.png", "predictions.png"):
+        assert min(Image.open(short_run / name).size) > 300
+    for stage in ("S0", "S1.1", "S1.2", "S1.3", "S2"):
+        model = MonoInternVL.from_pretrained(short_run / stage)
+        assert model.config.vocab_size == len(Tokenizer(short_run / stage))
+
+
+def test_sample_takes_the_newest_stage_and_says_so(short_run, monkeypatch, capsys):
+    monkeypatch.chdir(short_run.parent.parent)
+    data.make_picture(random.Random(0), "digit").image.resize((200, 200)).save("mine.png")
+    assert sample.main(["--image", "mine.png", "--prompt", "Which digit?", "--max_new_tokens", "4"]) == 0
+    assert str(Path("out/run/S2")) in capsys.readouterr().err
+
+
+def test_stages_one_by_one_equal_all_in_one_run(short_run, tmp_path):
+    for stage in ("S0", "S1.1", "S1.2"):
+        assert train_evip.main(["--steps=6", f"--out={tmp_path}", "--batch_size=4", "--stages", stage]) == 0
+    for stage in ("S0", "S1.1", "S1.2"):
+        one, all_ = (load_file(folder / stage / "model.safetensors") for folder in (tmp_path, short_run))
+        assert all(torch.equal(one[name], all_[name]) for name in all_), stage
+
+
+def write_conversations(folder: Path, bad: int, good: int) -> Path:
+    """meta.json with `good` readable samples and `bad` ones whose image is damaged."""
+    data.make_picture(random.Random(0), "scene").image.save(folder / "good.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    lines = [{"id": i, "image": "bad.png" if i < bad else "good.png",
+              "conversations": data.turns("<image>\nWhat is it?", "a scene.")} for i in range(bad + good)]
+    (folder / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    meta = {"mine": {"root": ".", "annotation": "lines.jsonl", "repeat_time": 1}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder / "meta.json"
+
+
+def test_own_data_trains_and_a_bad_sample_is_left_out_and_named(short_run, tmp_path, capsys):
+    arguments = ["--data", str(write_conversations(tmp_path, 1, 9)), "--init_from", str(short_run / "S1.3"),
+                 "--out", str(tmp_path / "out"), "--stages", "S2", "--steps=3", "--batch_size=2"]
+    assert train_evip.main([*arguments, "--max_bad=0.2"]) == 0
+    named = [e for e in map(json.loads, open(tmp_path / "out/log.jsonl")) if e.get("event") == "bad sample"]
+    assert len(named) == 1 and "lines.jsonl:1" in named[0]["error"] and "bad.png" in named[0]["error"]
+    assert "lines.jsonl:1" in capsys.readouterr().err
+    assert MonoInternVL.from_pretrained(tmp_path / "out/S2")
+    assert train_evip.main([*arguments, "--max_bad=0.05"]) == 1
+    assert "--max_bad 0.05" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--stages", "S3"], "no such stage; there are S0, S1.1"),
+    (["--stages", "S1.2"], "holds no checkpoint to start S1.2 from"),
+    (["--stages", "S2", "--init_from", "nowhere"], "nowhere holds no checkpoint"),
+    (["--data", "meta.json"], "with --data, name other --stages"),
+    (["--batch_size", "0"], "--batch_size is 0"),
+])
+def test_a_run_that_cannot_start_says_why_in_one_line(arguments, message, tmp_path, capsys):
+    assert train_evip.main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_an_unknown_flag_suggests_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_evip.main(["--stage", "S2"])
+    assert stop.value.code == 2 and "did you mean --stages?" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_training(world_tok, tmp_path):
+    model = MonoInternVL(train_evip.tiny_config("evip++", world_tok))
+    model.mlp1[1].weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="loss of S1.2 is nan at step 0"):
+        train_evip.train_stage(model, World("S1.2", world_tok, model.config), stage_of("S1.2"), tiny_flags(),
+                               train_evip.Log(tmp_path / "log.jsonl"), world_tok.pad_id)

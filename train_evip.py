@@ -71,18 +71,18 @@ S0 = Stage("S0", "language, from text alone", "text", 1, 300, 1e-3, "cosine", "a
 CONCEPT, SEMANTIC = "concepts, from noisy alt texts", "semantics, from clean captions"
 ALIGN, INSTRUCT = "alignment: captions, boxes, OCR", "instructions: questions in turns"
 RECIPES = {
-    "evip": (                                                           # Mono-InternVL [v1]
+    "evip": (                                         # Mono-InternVL [v1]
         S0,
         Stage("S1.1", CONCEPT, "visual", 4, 600, 1.5e-3, "constant", "922 M, 2e-4 constant (?)"),
         Stage("S1.2", SEMANTIC, "visual", 6, 2000, 1.5e-3, "constant", "258 M, 1e-4 (?)"),
         Stage("S1.3", ALIGN, "visual + attention", 12, 300, 1e-3, "constant", "143 M, 5e-5"),
         Stage("S2", INSTRUCT, "all", 24, 1200, 1e-3, "cosine", "5-7 M, 4e-5 cosine")),
-    "evip++": (                                                         # Mono-InternVL-1.5, 58 % less data [v1.5]
+    "evip++": (                                       # Mono-InternVL-1.5, with 58 % less data [v1.5]
         S0,
-        Stage("S1.1", CONCEPT, "visual", 4, 300, 1.5e-3, "constant", "250 M (?)"),
-        Stage("S1.2", SEMANTIC, "visual", 6, 1300, 1.5e-3, "constant", "150 M (?)"),
-        Stage("S1.3", ALIGN, "visual + attention", 12, 500, 1e-3, "constant", "150 M"),
-        Stage("S2", INSTRUCT, "all", 24, 1200, 1e-3, "cosine", "7 M")),
+        Stage("S1.1", CONCEPT, "visual", 4, 200, 1e-3, "constant", "250 M (?)"),
+        Stage("S1.2", SEMANTIC, "visual", 6, 1000, 1e-3, "constant", "150 M (?)"),
+        Stage("S1.3", ALIGN, "visual + attention", 12, 300, 1e-3, "constant", "150 M"),
+        Stage("S2", INSTRUCT, "all", 24, 1700, 1e-3, "cosine", "7 M")),
 }
 
 
@@ -115,9 +115,9 @@ class Flags:
     max_bad: float = flag(0.01, "part of the samples that may be unreadable before training stops")
     seed: int = flag(0, "of weights, samples and their order")
     device: str = flag("auto", "cpu, cuda, ...; auto is cuda if there is one")
-    dtype: str = flag("auto", "of the forward pass (autocast; weights stay float32): auto is bfloat16 on a GPU "
-                      "that has it, else float32", choices=["auto", "float32", "bfloat16"])
-    moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch"])
+    dtype: str = flag("auto", "of the forward pass (autocast; weights stay float32); auto is bfloat16 on "
+                      "GPUs that have it", choices=["auto", "float32", "bfloat16"])
+    moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
     eval_questions: int = flag(100, "held-out questions per task at the end")
 
 
@@ -370,8 +370,8 @@ def run(flags: Flags):
     model.moe = flags.moe
     counts = model.parameter_counts()
     total, text, visual = (counts[key] / 1e6 for key in ("total", "text", "visual"))
-    print(f"{flags.recipe}: {total:.2f} M parameters, {text:.2f} M for a text token, {visual:.2f} M for a visual "
-          f"token; {flags.device}, {flags.dtype}, {torch.get_num_threads()} threads; writes {out}/")
+    print(f"{flags.recipe}: {total:.2f} M parameters, {text:.2f} M for a text token, {visual:.2f} M for a "
+          f"visual token; {flags.device}, {flags.dtype}, {torch.get_num_threads()} threads; writes {out}/")
     print(f"{'stage':6}{'learns':34}{'trains':20}{'tiles':>5}{'steps':>7}{'lr':>8}  2B model in the paper")
     for s in stages:
         print(f"{s.name:6}{s.goal:34}{s.trainable:20}{s.max_tiles:5}{flags.steps or s.steps:7}"
@@ -394,10 +394,10 @@ def run(flags: Flags):
             after_logits, after_loss = text_probe(model, tok)
             same_logits = torch.equal(logits, after_logits)
             same_weights = all(torch.equal(weights[n], model.get_parameter(n)) for n in frozen)
-            report[stage.name] = {"text loss before": loss, "text loss after": after_loss, "frozen": len(frozen),
+            report[stage.name] = {"text loss before": loss, "text loss after": after_loss,
                                   "logits bitwise equal": same_logits, "weights bitwise equal": same_weights}
-            print(f"{stage.name}: text loss {loss:.6f} before, {after_loss:.6f} after; bitwise equal: text logits "
-                  f"{same_logits}, {len(frozen)} frozen tensors {same_weights}")
+            print(f"{stage.name}: text loss {loss:.6f} before, {after_loss:.6f} after; bitwise equal: "
+                  f"text logits {same_logits}, {len(frozen)} frozen tensors {same_weights}")
     report["train seconds"] = time.time() - started
     plot_loss(out / "log.jsonl", out / "loss.png")
     if not flags.data and stages[-1].name == "S2":
@@ -408,9 +408,9 @@ def run(flags: Flags):
             print(f"{task:10}{row['accuracy']:10.1%}{row['blank']:13.1%}{row['chance']:8.1%}")
     report["seconds"] = time.time() - started
     (out / "results.json").write_text(json.dumps(report, indent=2))
-    print(f"\n{report['seconds']:.0f} s. Wrote {out}/: a checkpoint per stage, results.json, log.jsonl, loss.png"
-          + (", predictions.png.\nAsk it: python sample.py --image FILE --prompt \"Describe the image.\""
-             if "tasks" in report else "."))
+    print(f"\n{report['seconds']:.0f} s. {out}/ has a checkpoint per stage, results.json, log.jsonl, loss.png")
+    if "tasks" in report:
+        print("and predictions.png. Ask it: python sample.py --image FILE --prompt \"Describe the image.\"")
 
 
 def main(argv: list[str] | None = None) -> int:
