@@ -2308,8 +2308,8 @@ def test_accumulated_gradients_equal_one_large_batch_whatever_the_share_of_super
         torch.manual_seed(0)
         model = MonoInternVL(train_evip.tiny_config("evip++", world_tok))
         groups, gradients = [collate(samples[i:i + size]) for i in range(0, 8, size)], []
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit, gradients=gradients: (
-            gradients.append([p.grad.clone() for p in parameters]), torch.tensor(0.0))[1])
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda trained, limit, seen=gradients: (
+            seen.append([p.grad.clone() for p in trained]), torch.tensor(0.0))[1])
         monkeypatch.setattr(train_evip, "batches", lambda *args, groups=groups: itertools.cycle(groups))
         train_evip.train_stage(model, None, stage_of("S2", steps=1), tiny_flags(grad_accum=8 // size),
                                train_evip.Log(tmp_path / f"{size}.jsonl"), 0)

@@ -73,16 +73,16 @@ ALIGN, INSTRUCT = "alignment: captions, boxes, OCR", "instructions: questions in
 RECIPES = {
     "evip": (                                         # Mono-InternVL [v1]
         S0,
-        Stage("S1.1", CONCEPT, "visual", 4, 600, 1.5e-3, "constant", "922 M, 2e-4 constant (?)"),
-        Stage("S1.2", SEMANTIC, "visual", 6, 2000, 1.5e-3, "constant", "258 M, 1e-4 (?)"),
+        Stage("S1.1", CONCEPT, "visual", 4, 700, 1e-3, "constant", "922 M, 2e-4 constant (?)"),
+        Stage("S1.2", SEMANTIC, "visual", 6, 1500, 1e-3, "constant", "258 M, 1e-4 (?)"),
         Stage("S1.3", ALIGN, "visual + attention", 12, 300, 1e-3, "constant", "143 M, 5e-5"),
-        Stage("S2", INSTRUCT, "all", 24, 1200, 1e-3, "cosine", "5-7 M, 4e-5 cosine")),
+        Stage("S2", INSTRUCT, "all", 24, 1900, 1e-3, "cosine", "5-7 M, 4e-5 cosine")),
     "evip++": (                                       # Mono-InternVL-1.5, with 58 % less data [v1.5]
         S0,
         Stage("S1.1", CONCEPT, "visual", 4, 200, 1e-3, "constant", "250 M (?)"),
-        Stage("S1.2", SEMANTIC, "visual", 6, 1000, 1e-3, "constant", "150 M (?)"),
+        Stage("S1.2", SEMANTIC, "visual", 6, 900, 1e-3, "constant", "150 M (?)"),
         Stage("S1.3", ALIGN, "visual + attention", 12, 300, 1e-3, "constant", "150 M"),
-        Stage("S2", INSTRUCT, "all", 24, 1700, 1e-3, "cosine", "7 M")),
+        Stage("S2", INSTRUCT, "all", 24, 1900, 1e-3, "cosine", "7 M")),
 }
 
 
@@ -408,7 +408,7 @@ def run(flags: Flags):
             print(f"{task:10}{row['accuracy']:10.1%}{row['blank']:13.1%}{row['chance']:8.1%}")
     report["seconds"] = time.time() - started
     (out / "results.json").write_text(json.dumps(report, indent=2))
-    print(f"\n{report['seconds']:.0f} s. {out}/ has a checkpoint per stage, results.json, log.jsonl, loss.png")
+    print(f"\n{report['seconds']:.0f} s. {out}/ has a checkpoint a stage, results.json, log.jsonl, loss.png")
     if "tasks" in report:
         print("and predictions.png. Ask it: python sample.py --image FILE --prompt \"Describe the image.\"")
 
