@@ -617,8 +617,8 @@ def make_world_tokenizer(folder: str | Path) -> Tokenizer:
     model = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=(line for line in lines if line), model_writer=model, model_type="bpe",
-        vocab_size=640, hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False,
+        vocab_size=640, hard_vocab_limit=False, character_coverage=1.0, byte_fallback=True,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
         user_defined_symbols=["\n", "user", "assistant"], num_threads=1, minloglevel=2)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
