@@ -2218,8 +2218,14 @@ def test_every_question_has_one_right_answer_which_scores_and_others_do_not(task
     truths = {truth.split()[-1] if task == "relation" else truth for _, _, truth in asked}
     assert len(truths) > 1                         # a constant answer cannot be right everywhere
     assert not all(data.is_correct(task, asked[0][2], truth) for _, _, truth in asked)
-    for picture, _, truth in asked:
-        assert sum(answer == truth for t, _, answer in picture.questions if t == task) >= 1
+    for picture, question, truth in asked:         # a question about a picture is never ambiguous
+        assert {answer for _, q, answer in picture.questions if q == question} == {truth}
+
+
+def test_another_seed_asks_other_held_out_questions():
+    first, again, other = ([(p.key, q) for p, q, _ in data.held_out_questions("position", 20, seed)]
+                           for seed in (0, 0, 1))
+    assert first == again and first != other
 
 
 def test_a_box_is_right_from_half_overlap_on():

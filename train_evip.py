@@ -252,12 +252,12 @@ def answer(model: MonoInternVL, tok: Tokenizer, asked: list[tuple[torch.Tensor, 
             for row in rows]
 
 
-def evaluate(model: MonoInternVL, tok: Tokenizer, n: int) -> tuple[dict, list]:
-    """({task: {"accuracy", "blank", "chance"}}, examples). Held-out questions, and the same about a grey
-    image: the control which shows that answers come from the picture."""
+def evaluate(model: MonoInternVL, tok: Tokenizer, n: int, seed: int = 0) -> tuple[dict, list]:
+    """({task: {"accuracy", "blank", "chance"}}, examples): n held-out questions a task, drawn by seed, and
+    the same about a grey image, the control which shows that answers come from the picture."""
     c, table, examples = model.config, {}, []
     for task, chance in TASKS.items():
-        questions = held_out_questions(task, n)
+        questions = held_out_questions(task, n, seed)
         table[task] = {"chance": chance}
         for name, shade in (("accuracy", None), ("blank", (64, 64, 64))):
             images = [p.image if shade is None else p.image.copy() for p, _, _ in questions]
