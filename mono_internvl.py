@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
@@ -158,6 +159,32 @@ class MonoInternVLConfig:
                 raise InputError(f"{path}: {name} = {official[name]!r}, supported is {supported!r}")
         return config
 
+    @classmethod
+    def from_llm(cls, folder: str | Path, **changes) -> "MonoInternVLConfig":
+        """The sizes of an InternLM2 or Llama-layout folder; changes: fields of ours, as in cls(...)."""
+        path = Path(folder) / "config.json"
+        llm = read_json(path, "; expected an LLM folder that holds it")
+        if llm.get("model_type") not in ("internlm2", "llama"):
+            raise InputError(f"{path}: model_type {llm.get('model_type')!r} is not 'internlm2' or 'llama'")
+        # a Llama's embedding may be its head as well: here it becomes two tensors
+        _check_llm({**llm, "tie_word_embeddings": False} if llm["model_type"] == "llama" else llm, path)
+        if llm.get("num_key_value_heads") is None:
+            llm["num_key_value_heads"] = llm.get("num_attention_heads")
+        # rope_theta and rope_scaling: side by side, or, in newer files, together in rope_parameters
+        rope = llm.get("rope_parameters") or llm.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        llm["rope_scaling"] = None if kind == "default" else {"type": kind, "factor": rope.get("factor")}
+        llm["rope_theta"] = rope.get("rope_theta", llm.get("rope_theta", 10000.0))
+        values = {f.name: llm[f.name] for f in fields(cls) if llm.get(f.name) is not None}
+        try:
+            config = cls(**{**values, **changes})
+        except InputError as e:
+            raise InputError(f"{path}: {e}") from None
+        if llm.get("head_dim") not in (None, config.head_dim):
+            raise InputError(f"{path}: head_dim is {llm['head_dim']}, supported is hidden_size / "
+                             f"num_attention_heads = {config.head_dim}")
+        return config
+
     def to_json(self) -> str:
         official = {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat",
                     "template": "internlm2-chat", "ps_version": "v2", "select_layer": -1,
@@ -185,7 +212,8 @@ def read_json(path: str | Path, if_missing: str = "") -> dict:
 
 def _check_llm(llm: dict, path):
     """Refuses an LLM that needs what the architecture here leaves out."""
-    for name, supported in (("hidden_act", "silu"), ("bias", False), ("tie_word_embeddings", False)):
+    for name, supported in (("hidden_act", "silu"), ("bias", False), ("attention_bias", False),
+                            ("mlp_bias", False), ("tie_word_embeddings", False)):
         if llm.get(name, supported) != supported:
             raise InputError(f"{path}: the LLM's {name} is {llm[name]!r}, supported is {supported!r}")
 
@@ -649,6 +677,7 @@ class InternLM2(nn.Module):
             "layers": nn.ModuleList(DecoderLayer(c, i) for i in range(c.num_hidden_layers)),
             "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
         self.output = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.recompute = False                    # in training: keep each layer's input only, run it twice
 
     def forward(self, x, routing=None, attention_mask=None, kv_cache=None, lengths=None) -> Tensor:
         """Embeddings x (B, T, D) -> hidden states (B, T, D) after the final norm, before the head.
@@ -675,7 +704,10 @@ class InternLM2(nn.Module):
             mask = mask[:, None]                                           # (B, 1, T, past + T)
         rope = rope_tables(self.c, positions, past + T if lengths is None else lengths, x.dtype)
         for layer in self.model.layers:
-            x = layer(x, rope, mask, routing, kv_cache)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, mask, routing, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rope, mask, routing, kv_cache)
         if kv_cache is not None:
             kv_cache.length += T
         return self.model.norm(x)
@@ -842,9 +874,10 @@ class MonoInternVL(nn.Module):
     # ------------------------------------------------------------ the official folder format
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32,
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = torch.float32,
                         device="cpu") -> "MonoInternVL":
-        """Loads an official Hugging Face folder or one of ours: config.json + model*.safetensors.
+        """Loads an official Hugging Face folder or one of ours: config.json + model*.safetensors. dtype None:
+        as the files have it.
 
         Raises InputError that names the file, field or tensor that is missing, surplus, misshapen, damaged.
         """
@@ -858,32 +891,41 @@ class MonoInternVL(nn.Module):
 
     @classmethod
     def from_llm(cls, folder: str | Path, config: MonoInternVLConfig | None = None,
-                 dtype: torch.dtype = torch.float32, device="cpu") -> "MonoInternVL":
-        """An InternLM2 folder -> a model yet to learn to see: visual experts copy the text experts [v1], the
-        vision embedding and mlp1 are random. config (default: 1.5 with the LLM's sizes) may have a larger
-        vocabulary; the new rows (image tokens) start as the mean of the old ones [repo].
+                 dtype: torch.dtype | None = torch.float32, device="cpu") -> "MonoInternVL":
+        """An InternLM2 or Llama-layout folder -> a model yet to learn to see: visual experts copy the text
+        experts [v1], the vision embedding and mlp1 are random. config (default: 1.5 with the LLM's sizes) may
+        have a larger vocabulary; the new rows (image tokens) start as the mean of the old ones [repo].
+        dtype None: as the files have it. Nothing is initialised that the files then replace.
         """
-        llm = read_json(Path(folder) / "config.json", "; expected an LLM folder that holds it")
-        if llm.get("model_type") != "internlm2":
-            raise InputError(f"{folder}/config.json: model_type {llm.get('model_type')!r} is not 'internlm2'")
-        _check_llm(llm, f"{folder}/config.json")
-        sizes = {f.name: llm[f.name] for f in fields(MonoInternVLConfig) if f.name in llm}
-        config = config or MonoInternVLConfig(**{**sizes, "attn_experts": "qkvo"})
-        for name in sizes.keys() - {"vocab_size", "rope_scaling", "max_position_embeddings", "bos_token_id",
-                                    "eos_token_id", "pad_token_id"}:
-            if getattr(config, name) != sizes[name]:
-                raise InputError(f"{folder} has {name} = {sizes[name]}, the config {getattr(config, name)}")
-        tensors = {f"language_model.{name}": t for name, t in _read_tensors(folder, dtype, device).items()}
-        model = cls(config).to(device=device, dtype=dtype)
+        sizes = MonoInternVLConfig.from_llm(folder, attn_experts="qkvo")
+        config = config or sizes
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "rms_norm_eps", "rope_theta"):
+            if getattr(config, name) != getattr(sizes, name):
+                raise InputError(f"{folder} has {name} = {getattr(sizes, name)}, "
+                                 f"the config {getattr(config, name)}")
+        tensors = _read_tensors(folder, dtype, device)
+        if "model.embed_tokens.weight" in tensors:
+            tensors = _from_llama(tensors, config, folder)
+        tensors = {f"language_model.{name}": t for name, t in tensors.items()}
         for name in ("language_model.model.tok_embeddings.weight", "language_model.output.weight"):
             old = tensors.get(name)
             if old is not None and len(old) < config.vocab_size:
-                mean = old.float().mean(0, keepdim=True).to(dtype)
+                mean = old.float().mean(0, keepdim=True).to(old.dtype)
                 tensors[name] = torch.cat([old, mean.expand(config.vocab_size - len(old), -1)])
-        own = {name: t for name, t in model.state_dict().items()
-               if "_ve." in name or not name.startswith("language_model")}
-        model._assign({**own, **tensors}, folder)
-        return model.copy_text_experts()
+        with torch.device("meta"):
+            model = cls(config)
+        for name in model.state_dict():
+            text = name.replace("_ve.", ".")
+            if name != text and text in tensors:
+                tensors[name] = tensors[text].clone()
+        # a model with next to no LLM, for its random vision embedding and mlp1
+        vision = cls(replace(config, num_hidden_layers=1, intermediate_size=1, attn_experts="",
+                             vocab_size=1 + (config.img_context_token_id or 0)))
+        tensors |= {name: t.to(device, dtype) for name, t in vision.state_dict().items()
+                    if not name.startswith("language_model")}
+        model._assign(tensors, folder)
+        return model
 
     @torch.no_grad()
     def copy_text_experts(self) -> "MonoInternVL":
@@ -985,7 +1027,37 @@ def _img_context_token_id(folder: Path) -> int | None:
     return None
 
 
-def _read_tensors(folder: str | Path, dtype: torch.dtype, device) -> dict[str, Tensor]:
+LLAMA_NAMES = {"model.embed_tokens": "model.tok_embeddings", "lm_head": "output",
+               "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+               "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
+               "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2"}
+
+
+def _from_llama(tensors: dict[str, Tensor], c: MonoInternVLConfig, folder) -> dict[str, Tensor]:
+    """A Llama's tensors under InternLM2's names; q, k and v become the rows (kv_head, [q × group, k, v],
+    head_dim) of wqkv. Both models rotate halves of a head, so nothing else changes."""
+    if "lm_head.weight" not in tensors:            # tied: the embedding is the head
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    converted = {}
+    for name, t in tensors.items():
+        if "_proj.weight" in name and ".self_attn." in name and ".o_proj." not in name:
+            if ".q_proj." not in name:
+                continue
+            parts = [tensors.get(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+            heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+            if any(p is None or p.shape != (n * c.head_dim, c.hidden_size)
+                   for p, n in zip(parts, heads, strict=True)):
+                raise InputError(f"{folder}: {name} or its k_proj, v_proj is missing or of another size")
+            parts = [p.unflatten(0, (c.num_key_value_heads, -1, c.head_dim)) for p in parts]
+            name, t = name.replace("self_attn.q_proj", "attention.wqkv"), torch.cat(parts, 1).flatten(0, 2)
+        for theirs, ours in LLAMA_NAMES.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith("rotary_emb.inv_freq"):                       # a buffer that old files hold
+            converted[name] = t
+    return converted
+
+
+def _read_tensors(folder: str | Path, dtype: torch.dtype | None, device) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
     folder = Path(folder)
     files = ["model.safetensors"]
@@ -1000,7 +1072,9 @@ def _read_tensors(folder: str | Path, dtype: torch.dtype, device) -> dict[str, T
         try:
             with safe_open(folder / file, "pt", device=str(device)) as f:
                 for name in f.keys():
-                    tensors[name] = f.get_tensor(name).to(dtype)
+                    tensors[name] = f.get_tensor(name)
+                    if dtype is not None:
+                        tensors[name] = tensors[name].to(dtype)
         except FileNotFoundError:
             raise InputError(f"{folder / file} does not exist; expected model.safetensors or "
                              "all shards of its index") from None

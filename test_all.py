@@ -1014,7 +1014,47 @@ def test_an_llm_that_does_not_fit_the_config_is_refused_by_field_or_tensor(tmp_p
         MonoInternVL.from_llm(tmp_path, vl_config(**config))
 
 
-@pytest.mark.parametrize("change", [dict(model_type="llama"), dict(hidden_act="gelu"), dict(bias=True)])
+def test_a_llama_folder_gives_the_logits_that_transformers_computes(tmp_path):
+    folder = GOLDEN / "llama_tiny"
+    golden = load_file(folder / "golden.safetensors")
+    model = MonoInternVL.from_llm(folder)
+    assert model.config.rope_theta == 5000 and model.config.num_key_value_heads == 2
+    lm = model.language_model
+    with torch.no_grad():
+        assert_close(model(golden["input_ids"])[0], golden["logits"], rtol=1e-5, atol=1e-5)
+        routing = Routing(torch.ones_like(golden["input_ids"]) == 1)       # the visual experts are copies
+        embeddings = lm.model["tok_embeddings"](golden["input_ids"])
+        assert_close(lm.output(lm(embeddings, routing)), golden["logits"], rtol=1e-5, atol=1e-5)
+    # older files name rope_theta beside the rest, leave out what is default, and may share embedding and head
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    del config["head_dim"], config["attention_bias"], config["mlp_bias"]
+    weights = load_file(folder / "model.safetensors")
+    tied = {n: t for n, t in weights.items() if n != "lm_head.weight"}
+    untied = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    logits = []
+    for tensors, tie in ((tied, True), (untied, False)):
+        save_file(tensors, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tie}))
+        with torch.no_grad():
+            logits.append(MonoInternVL.from_llm(tmp_path, dtype=None)(golden["input_ids"])[0])
+    assert torch.equal(*logits) and not torch.equal(logits[0], golden["logits"])
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}), "rope_scaling.*llama3"),
+    (dict(attention_bias=True), "attention_bias"), (dict(mlp_bias=True), "mlp_bias"),
+    (dict(head_dim=16), "head_dim is 16, supported is .* = 8"),
+    (dict(num_key_value_heads=4), "q_proj.weight or its k_proj")])
+def test_a_llama_beyond_the_architecture_is_refused_by_field_or_tensor(tmp_path, change, message):
+    config = json.loads((GOLDEN / "llama_tiny" / "config.json").read_text())
+    shutil.copy(GOLDEN / "llama_tiny" / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(InputError, match=message):
+        MonoInternVL.from_llm(tmp_path)
+
+
+@pytest.mark.parametrize("change", [dict(model_type="gpt2"), dict(hidden_act="gelu"), dict(bias=True)])
 def test_an_llm_of_another_architecture_is_refused(tmp_path, change):
     write_llm(tmp_path, **change)
     with pytest.raises(InputError, match=f"config.json: .*{next(iter(change))}"):
