@@ -1,8 +1,8 @@
 """From text and pictures to what the model reads.
 
 In this order: the tokenizer and streamed decoding; the chat template and its training labels; tiling and
-normalisation of pictures; training samples from JSONL files in the official format; collation; the scripts'
-command-line flags.
+normalisation of pictures; training samples from JSONL files in the official format; collation, packing and
+the order of samples; the embedded world; the scripts' command-line flags.
 
 Sources as in mono_internvl.py: [repo] is the official code, [ours] our choice.
 """
@@ -10,14 +10,17 @@ import argparse
 import codecs
 import difflib
 import io
+import itertools
 import json
 import random
 import re
+import sys
 import typing
 import warnings
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
@@ -27,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from mono_internvl import InputError, MonoInternVLConfig, read_json
 
@@ -355,24 +358,196 @@ def load_meta(path: str | Path, tok: Tokenizer, config: MonoInternVLConfig, max_
     return ConcatDataset(datasets)
 
 
-# ---------------------------------------------------------------- collation
+# ---------------------------------------------------------------- collation, packing, order
 
 def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) -> dict:
     """Samples -> one batch: input_ids and labels (B, T); attention_mask (B, T), None when no row is padded
-    (the model is faster then); pixel_values (n_tiles, 3, S, S) of all rows in order, or None. left: pad in
-    front, as generate needs it."""
+    (the model is faster then); pixel_values (n_tiles, 3, S, S) of all rows in order, or None; document_ids
+    (B, T), 0 = pad, if the samples are packed rows. left: pad in front, as generate needs it."""
     longest = max(len(s["input_ids"]) for s in samples)
 
-    def pad(row: torch.Tensor, value: int) -> torch.Tensor:
-        missing = longest - len(row)
-        return torch.nn.functional.pad(row, (missing, 0) if left else (0, missing), value=value)
+    def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        missing = [longest - len(row) for row in rows]
+        return torch.stack([torch.nn.functional.pad(row, (n, 0) if left else (0, n), value=value)
+                            for row, n in zip(rows, missing, strict=True)])
 
     tiles = [s["pixel_values"] for s in samples if s["pixel_values"] is not None]
-    mask = torch.stack([pad(torch.ones_like(s["input_ids"]), 0) for s in samples])
-    return {"input_ids": torch.stack([pad(s["input_ids"], pad_token_id) for s in samples]),
-            "attention_mask": None if mask.all() else mask,
-            "labels": torch.stack([pad(s["labels"], IGNORED) for s in samples]),
-            "pixel_values": torch.cat(tiles) if tiles else None}
+    mask = pad([torch.ones_like(s["input_ids"]) for s in samples], 0)
+    batch = {"input_ids": pad([s["input_ids"] for s in samples], pad_token_id),
+             "attention_mask": None if mask.all() else mask,
+             "labels": pad([s["labels"] for s in samples], IGNORED),
+             "pixel_values": torch.cat(tiles) if tiles else None}
+    if "document_ids" in samples[0]:
+        batch["document_ids"] = pad([s["document_ids"] for s in samples], 0)
+    return batch
+
+
+def pack(samples: Sequence[dict]) -> dict:
+    """Samples one after the other in one row; document_ids (T,) tells them apart: 1 for the first, 2, ..."""
+    tiles = [s["pixel_values"] for s in samples if s["pixel_values"] is not None]
+    return {"input_ids": torch.cat([s["input_ids"] for s in samples]),
+            "labels": torch.cat([s["labels"] for s in samples]),
+            "pixel_values": torch.cat(tiles) if tiles else None,
+            "document_ids": torch.cat([torch.full_like(s["input_ids"], i) for i, s in enumerate(samples, 1)])}
+
+
+def too_many_bad(bad: int, seen: int, size: int, max_bad: float) -> str | None:
+    """What is wrong if more than max_bad of the samples are unreadable: of those seen so far, or of the first
+    1000 while they are few."""
+    if bad <= max_bad * min(size, max(seen, 1000)):
+        return None
+    return f"{bad} of {min(seen, size)} samples are unreadable; --max_bad {max_bad:g} allows fewer"
+
+
+class Guarded(Dataset):
+    """(index, sample, None), or (index, None, what is wrong): a bad sample must not end a worker process."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i: int) -> tuple[int, dict | None, str | None]:
+        try:
+            return i, self.dataset[i], None
+        except InputError as e:
+            return i, None, str(e)
+
+
+class Batches:
+    """Endless seeded batches of one rank: what collate gives, and "ids", the ids of its samples.
+
+    The order of all ranks together is one permutation per epoch, made from (seed, epoch) alone; number k of
+    it, counted on through the epochs, is rank k % world_size's. A dataset without a length is read 0, 1, 2,
+    ... Worker processes only fetch samples, in this order, which thus does not depend on how many they are.
+
+    Samples of like length go together: `pool` batches are drawn, sorted, cut and shuffled. With pool=1, batch
+    j of all ranks together is piece j of the order. With pack_tokens, a batch is batch_size rows of at most
+    so many tokens, filled from a buffer of `pool` batches: the sample that has waited longest, then again and
+    again the longest that still fits. `utilisation` is the share of batch_size·pack_tokens that is no pad.
+
+    An unreadable sample (InputError), or one longer than pack_tokens, is left out and named by on_bad(index,
+    message), once (default: on stderr). `bad` maps index to message, `seen` counts all samples drawn. Raises
+    InputError if more than max_bad of them are bad.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, pad_token_id: int, *, seed: int = 0, rank: int = 0,
+                 world_size: int = 1, workers: int = 0, pack_tokens: int | None = None, pool: int = 8,
+                 max_bad: float = 0.01, on_bad: Callable[[int, str], None] | None = None):
+        self.dataset, self.pad_token_id, self.workers, self.max_bad = dataset, pad_token_id, workers, max_bad
+        self.batch_size, self.pool, self.pack_tokens = batch_size, pool, pack_tokens
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.size = len(dataset) if hasattr(dataset, "__len__") else None
+        self.on_bad = on_bad or (lambda _, error: print("bad sample, left out:", error, file=sys.stderr))
+        self.rng = random.Random(seed)             # shuffles pools, on all ranks alike: like lengths meet
+        self.seen, self.bad, self.tokens, self.slots = 0, {}, 0, 0
+        # Drawn, not given yet, as (tokens, -seen, index, sample): the batches of a pool, or as the only list
+        # the packing buffer, kept sorted. The sample is None after load_state_dict, until it is fetched.
+        self.waiting = []
+
+    @property
+    def utilisation(self) -> float:
+        return self.tokens / max(1, self.slots)
+
+    def order(self) -> Iterator[int]:
+        """What to fetch: samples of a restored state, then this rank's share from number `seen` on."""
+        yield from [i for drawn in self.waiting for *_, i, sample in drawn if sample is None]
+        epoch = indices = None
+        for k in itertools.count(self.seen * self.world_size + self.rank, self.world_size):
+            if self.size and epoch != k // self.size:
+                epoch = k // self.size
+                indices = np.arange(self.size, dtype=np.uint32 if self.size < 2 ** 32 else np.int64)
+                np.random.default_rng([self.seed, epoch]).shuffle(indices)
+            yield int(indices[k % self.size]) if self.size else k
+
+    def fetch(self) -> Iterator[tuple[int, dict | None, str | None]]:
+        ahead = {}                                 # workers read the next pool while one is used
+        if self.workers:
+            ahead["prefetch_factor"] = max(2, -(-self.pool * self.batch_size // self.workers))
+        # collate_fn and generator: samples come as they are, and no global random number is drawn
+        for i, sample, error in DataLoader(
+                Guarded(self.dataset), batch_size=None, sampler=self.order(), num_workers=self.workers,
+                collate_fn=tuple, generator=torch.Generator(), **ahead):
+            if self.workers and sample:            # a tensor from a worker holds a file open: copy it
+                sample = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
+            yield i, sample, error
+
+    def draw(self, source) -> tuple[int, int, int, dict]:
+        """The next good sample."""
+        for misses in itertools.count(1):
+            i, sample, error = next(source)
+            self.seen += 1
+            tokens = len(sample["input_ids"]) if sample else 0
+            if self.pack_tokens and tokens > self.pack_tokens:
+                error = f"sample {sample['id']}: {tokens} tokens, a packed row has {self.pack_tokens}"
+            if error is None and i not in self.bad:
+                return tokens, -self.seen, i, sample
+            if i not in self.bad:
+                self.bad[i] = error
+                self.on_bad(i, error)
+                if wrong := too_many_bad(len(self.bad), self.seen, self.size or sys.maxsize, self.max_bad):
+                    raise InputError(f"{wrong}. The last: {error}")
+            if misses == self.size:
+                raise InputError(f"{misses} samples in a row are unreadable. The last: {self.bad[i]}")
+
+    def next_group(self, source) -> list[tuple]:
+        if not self.waiting:
+            pool = [self.draw(source) for _ in range(self.pool * self.batch_size)]
+            pool.sort(key=lambda drawn: drawn[0])
+            self.waiting = [pool[i:i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+            self.rng.shuffle(self.waiting)
+        return self.waiting.pop(0)
+
+    def next_rows(self, source) -> list[list[tuple]]:
+        self.waiting = self.waiting or [[]]
+        buffer, rows = self.waiting[0], []
+        held = sum(tokens for tokens, *_ in buffer)
+        while held < self.pool * self.batch_size * self.pack_tokens:
+            drawn = self.draw(source)
+            insort(buffer, drawn)
+            held += drawn[0]
+        for _ in range(self.batch_size):
+            row = [buffer.pop(max(range(len(buffer)), key=lambda j: buffer[j][1]))]        # the oldest
+            while fitting := bisect_right(buffer, (self.pack_tokens - sum(drawn[0] for drawn in row), 1)):
+                row.append(buffer.pop(fitting - 1))                        # the longest, of equals the oldest
+            rows.append(row)
+            self.tokens += sum(drawn[0] for drawn in row)
+            self.slots += self.pack_tokens
+        return rows
+
+    def __iter__(self) -> Iterator[dict]:
+        source = self.fetch()
+        for drawn in self.waiting:                 # of a restored state
+            for j, (*place, sample) in enumerate(drawn):
+                if sample is None:
+                    i, sample, error = next(source)
+                    if error:
+                        raise InputError(f"{error}. Sample {i} was readable before the restart")
+                    drawn[j] = (*place, sample)
+        while True:
+            rows = self.next_rows(source) if self.pack_tokens else [[d] for d in self.next_group(source)]
+            rows = [[sample for *_, sample in row] for row in rows]
+            batch = collate([pack(row) if self.pack_tokens else row[0] for row in rows], self.pad_token_id)
+            yield {**batch, "ids": [sample["id"] for row in rows for sample in row]}
+
+    FIXED = "batch_size", "pool", "pack_tokens", "seed", "rank", "world_size", "size"
+
+    def state_dict(self) -> dict:
+        """Where to go on, as JSON: samples are kept by index, and fetched again when a state is restored."""
+        return {"of": {name: getattr(self, name) for name in self.FIXED}, "seen": self.seen,
+                "bad": list(self.bad.items()), "utilisation": [self.tokens, self.slots],
+                "rng": self.rng.getstate(),
+                "waiting": [[place for *place, _ in drawn] for drawn in self.waiting]}
+
+    def load_state_dict(self, state: dict):
+        """Before iterating. Raises InputError if the state is of another rank, batch size, dataset size..."""
+        for name, value in state["of"].items():
+            if value != getattr(self, name):
+                raise InputError(f"the order of samples was saved with {name} = {value}, and now it is "
+                                 f"{getattr(self, name)}: go on with the same, or start anew")
+        self.seen, self.bad = state["seen"], dict(state["bad"])
+        self.tokens, self.slots = state["utilisation"]
+        version, words, gauss = state["rng"]
+        self.rng.setstate((version, tuple(words), gauss))
+        self.waiting = [[(*place, None) for place in drawn] for drawn in state["waiting"]]
 
 
 # ---------------------------------------------------------------- the embedded world: nothing is downloaded

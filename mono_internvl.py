@@ -573,13 +573,15 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(c: MonoInternVLConfig, positions: Tensor, lengths: Tensor | int, dtype: torch.dtype):
-    """cos and sin, each (B, 1, T, hd), for positions (B, T) in rows of `lengths` (B,) tokens in all.
+    """cos and sin, each (B, 1, T, hd), for positions (B, T) in rows of `lengths` (B,) tokens in all, or in
+    documents of `lengths` (B, T).
 
     rope_scaling "linear" divides positions by the factor; "dynamic" (NTK) raises the base once a row is
-    longer than the trained positions: a matter of that row's own length, not of the batch.
+    longer than the trained positions: a matter of its own length, not of the batch, nor of a packed row.
     """
     kind, factor = (c.rope_scaling["type"], c.rope_scaling["factor"]) if c.rope_scaling else (None, 1.0)
-    lengths = torch.as_tensor(lengths, device=positions.device, dtype=torch.float32).view(-1, 1, 1)
+    lengths = torch.as_tensor(lengths, device=positions.device, dtype=torch.float32)
+    lengths = lengths[..., None] if lengths.ndim == 2 else lengths.view(-1, 1, 1)
     base = torch.full_like(lengths, c.rope_theta)
     if kind == "dynamic":
         stretch = (factor * lengths / c.max_position_embeddings - (factor - 1)).clamp(min=1)
@@ -679,29 +681,40 @@ class InternLM2(nn.Module):
         self.output = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.recompute = False                    # in training: keep each layer's input only, run it twice
 
-    def forward(self, x, routing=None, attention_mask=None, kv_cache=None, lengths=None) -> Tensor:
+    def forward(self, x, routing=None, attention_mask=None, kv_cache=None, lengths=None,
+                document_ids=None) -> Tensor:
         """Embeddings x (B, T, D) -> hidden states (B, T, D) after the final norm, before the head.
 
         attention_mask (B, past + T): 1 = real, 0 = pad, over the cached and the new tokens. lengths: tokens
         that a row will have after a prefill in chunks (default: up to now); only dynamic RoPE looks at it.
         With dynamic RoPE past max_position_embeddings, cached keys keep the base they were made with [repo].
+        document_ids (B, T), without a cache: rows are packed; each run of one id is a sequence of its own.
         """
         B, T, _ = x.shape
         past = kv_cache.length if kv_cache is not None else 0
-        if past + T > self.c.context_length:
-            raise InputError(f"{past + T} tokens do not fit the context of {self.c.context_length}; "
-                             "shorten the text or use fewer tiles")
         columns = torch.arange(past + T, device=x.device)
-        positions, mask = columns[None, past:], None                       # (1, T)
+        positions, mask, longest = columns[None, past:], None, past + T    # (1, T)
         if past and T > 1:
             mask = columns <= columns[past:, None]  # (T, past + T), causal after a cache
-        if attention_mask is not None:
+        if document_ids is not None:
+            # Runs are counted, so that pads in one piece are a document too, which nobody reads.
+            starts = F.pad(document_ids.diff(dim=1) != 0, (1, 0))          # (B, T) a document's first token
+            runs = starts.cumsum(1)
+            positions = columns - (columns * starts).cummax(1).values
+            lengths = torch.zeros_like(runs).scatter_add_(1, runs, torch.ones_like(runs)).gather(1, runs)
+            longest = int(lengths.max())
+            mask = (runs[:, :, None] == runs[:, None]) & (columns <= columns[:, None])
+            mask = mask[:, None]                                           # (B, 1, T, T), block-diagonal
+        elif attention_mask is not None:
             real = attention_mask.bool()                                   # (B, past + T)
             positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]        # a row counts its own tokens only
             lengths = real.sum(1) if lengths is None else lengths
             # A pad sees itself: a row of the softmax with nothing to see would be NaN.
             mask = (columns <= columns[past:, None]) & real[:, None] | (columns == columns[past:, None])
             mask = mask[:, None]                                           # (B, 1, T, past + T)
+        if longest > self.c.context_length:
+            raise InputError(f"{longest} tokens do not fit the context of {self.c.context_length}; "
+                             "shorten the text or use fewer tiles")
         rope = rope_tables(self.c, positions, past + T if lengths is None else lengths, x.dtype)
         for layer in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -760,31 +773,38 @@ class MonoInternVL(nn.Module):
         return Routing(visual, attention_mask, self.moe)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
-                attention_mask: Tensor | None = None, labels: Tensor | None = None):
+                attention_mask: Tensor | None = None, labels: Tensor | None = None,
+                document_ids: Tensor | None = None):
         """(logits, loss).
 
         input_ids (B, T) int64; pixel_values (n_tiles, 3, S, S), the tiles of all rows in reading order;
         attention_mask (B, T), 1 = real token; labels (B, T) int64, -100 = ignored, shifted inside.
         Without labels: logits (B, T, V), None. With labels: None, the mean cross-entropy over the supervised
         tokens; the head runs on their positions only (V is 92553: logits of a long prompt fill gigabytes).
+        document_ids (B, T) int64: several samples are packed in a row, one after the other, as 1, 2, ...; 0 =
+        pad. A sample's logits, loss and positions are as if it were alone.
         Raises InputError for inputs that do not fit: shapes, ids, tiles per <IMG_CONTEXT>, context length.
         """
-        self.check_inputs(input_ids, pixel_values, attention_mask, labels)
+        self.check_inputs(input_ids, pixel_values, attention_mask, labels, document_ids)
         routing = self.route(input_ids, attention_mask, pixel_values is not None)
-        hidden = self.language_model(self.embed(input_ids, pixel_values), routing, attention_mask)
+        hidden = self.language_model(self.embed(input_ids, pixel_values), routing, attention_mask,
+                                     document_ids=document_ids)
         if labels is None:
             return self.language_model.output(hidden), None
         supervised = labels[:, 1:] != -100                                 # position t predicts token t + 1
+        if document_ids is not None:
+            supervised &= document_ids[:, 1:] == document_ids[:, :-1]      # but no other document's first
         logits = self.language_model.output(hidden[:, :-1][supervised])    # (supervised, V)
         if not len(logits):
             return None, hidden.sum() * 0  # a mean over nothing, gradient zero
         return None, F.cross_entropy(logits.float(), labels[:, 1:][supervised])
 
-    def check_inputs(self, input_ids, pixel_values, attention_mask, labels=None):
+    def check_inputs(self, input_ids, pixel_values, attention_mask, labels=None, document_ids=None):
         c, shape = self.config, tuple(input_ids.shape)
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
             raise InputError(f"input_ids is {shape} {input_ids.dtype}, expected (B, T) int64 with B, T > 0")
-        for name, t in (("attention_mask", attention_mask), ("labels", labels)):
+        for name, t in (("attention_mask", attention_mask), ("labels", labels),
+                        ("document_ids", document_ids)):
             if t is not None and t.shape != input_ids.shape:
                 raise InputError(f"{name} is {tuple(t.shape)}, input_ids is {shape}")
         low, high = input_ids.aminmax()

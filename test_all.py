@@ -39,6 +39,7 @@ import sample
 import train_evip
 from data import (
     IGNORED,
+    Batches,
     JsonlDataset,
     TextStream,
     Tokenizer,
@@ -49,6 +50,7 @@ from data import (
     flag,
     load_image,
     load_meta,
+    pack,
     parse_flags,
     tile_image,
 )
@@ -1475,6 +1477,129 @@ def test_help_lists_every_flag_with_its_default(capsys):
     for line in ("how many, 100% of them (default: 3)", "--lr LR lr (default: 0.001)", "--no-compile",
                  "top_k (default: None)", "files (default: [])", "{auto,dense}"):
         assert line in text
+
+
+# ---------------------------------------------------------------- packing and order
+
+def text_samples(lengths, seed=0):
+    """Samples of text, every token but the first supervised; the id says which."""
+    g = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(0, IMG, (n,), generator=g) for n in lengths]
+    return [{"input_ids": row, "labels": torch.cat([torch.tensor([IGNORED]), row[1:]]), "pixel_values": None,
+             "id": i} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("rope", ROPE)
+@pytest.mark.parametrize("experts", ["", "qkvo"])
+def test_a_packed_sample_is_as_if_alone_and_changing_its_neighbour_leaves_it_bitwise(experts, rope):
+    """Logits, loss and gradients of samples with images, packed in two rows that no context would hold; the
+    longest one stretches the base of dynamic RoPE, for itself alone."""
+    model = tiny(experts, max_position_embeddings=8, rope_scaling=ROPE[rope])
+    samples = text_samples([12, 3, 7] if rope != "none" else [8, 3, 7], seed=1)
+    for visual in (samples[0], samples[2]):
+        visual["input_ids"][1:4] = IMG
+        visual["labels"][1:5] = IGNORED
+        visual["pixel_values"] = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(len(visual)))
+    rows = [pack(samples), pack(samples[1:])]
+    batch = collate(rows)
+    labels, ids = batch.pop("labels"), batch["document_ids"]
+    assert ids[1].tolist() == [1] * 3 + [2] * 7 + [0] * (ids.shape[1] - 10)
+    logits = model(**batch)[0]
+    alone = [model(s["input_ids"][None], s["pixel_values"])[0][0] for s in samples]
+    for row, documents in ((0, alone), (1, alone[1:])):
+        for i, expected in enumerate(documents, 1):
+            assert_close(logits[row][ids[row] == i], expected, rtol=1e-4, atol=1e-5)
+    # the loss of the samples one by one, weighted by their supervised tokens, and its gradients
+    packed = model(**batch, labels=labels)[1]
+    single = [model(s["input_ids"][None], s["pixel_values"], labels=s["labels"][None])[1] for s in samples]
+    counts = [int((s["labels"] != IGNORED).sum()) for s in samples]
+    weights = [counts[0], 2 * counts[1], 2 * counts[2]]
+    expected = sum(w * loss for w, loss in zip(weights, single, strict=True)) / sum(weights)
+    assert_close(packed, expected, rtol=1e-5, atol=1e-6)
+    for (name, ours), theirs in zip(gradients(model, packed).items(), gradients(model, expected).values(),
+                                    strict=True):
+        assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    for changed in range(3):                       # other tokens and pixels in one of them: the rest stays
+        others = [{**s} for s in samples]
+        others[changed]["input_ids"] = samples[changed]["input_ids"].clone()
+        others[changed]["input_ids"][-2:] = 5 + changed
+        if samples[changed]["pixel_values"] is not None:
+            others[changed]["pixel_values"] = samples[changed]["pixel_values"] * 1000
+        new = collate([pack(others), pack(others[1:])])
+        del new["labels"]
+        new = model(**new)[0]
+        same = ids[0] != changed + 1
+        assert torch.equal(new[0][same], logits[0][same]) and not torch.equal(new[0], logits[0])
+    with pytest.raises(InputError, match="17 tokens do not fit the context"):
+        model(torch.zeros(1, 20, dtype=torch.int64), document_ids=torch.tensor([[1] * 17 + [2] * 3]))
+
+
+def drawn(batches, n) -> list[list]:
+    """The ids of the next n batches."""
+    return [batch["ids"] for batch in itertools.islice(batches, n)]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_ranks_and_workers_share_one_seeded_order_without_gap_or_overlap():
+    samples = text_samples([3] * 10)
+
+    def ids(n, size, **options):
+        return list(itertools.chain(*drawn(Batches(samples, size, 0, pool=1, **options), n)))
+    one = ids(15, 2)
+    assert [sorted(one[i:i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3      # three epochs
+    assert one[:10] != one[10:20] != one[20:] != sorted(one[20:]) and ids(5, 2, seed=1) != one[:10]
+    assert ids(15, 2, workers=2) == one
+    # 3 ranks with 2 each are 1 process with 6: position k of the order is rank k % 3's, across epochs
+    ranks = [ids(5, 2, rank=r, world_size=3) for r in range(3)]
+    assert [list(group) for group in zip(*ranks, strict=True)] == [one[i:i + 3] for i in range(0, 30, 3)]
+    pools = drawn(Batches(text_samples(range(1, 33)), 4, 0), 8)
+    assert sorted(itertools.chain(*pools)) == list(range(32))
+    assert all(max(group) - min(group) == 3 for group in pools) and pools != sorted(pools)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("pack_tokens", [None, 24])
+def test_a_saved_order_goes_on_bitwise_with_pool_and_packing_buffer(pack_tokens):
+    samples = text_samples([random.Random(i).randrange(1, 24) for i in range(60)])
+    samples[7]["input_ids"] = torch.zeros(30, dtype=torch.int64)           # too long for a packed row
+
+    def batches(**changes):
+        return Batches(samples, **{"batch_size": 3, "pad_token_id": 0, "pool": 4, "pack_tokens": pack_tokens,
+                                   "max_bad": 1, "rank": 1, "world_size": 2, **changes})
+    whole = list(itertools.islice(batches(), 30))
+    interrupted = batches(workers=2)
+    source, given = iter(interrupted), 0
+    for done, workers in ((0, 0), (3, 2), (17, 0)):
+        while given < done:
+            next(source)
+            given += 1
+        state = json.loads(json.dumps(interrupted.state_dict()))
+        resumed = batches(workers=workers)
+        resumed.load_state_dict(state)
+        for old, new in zip(whole[done:done + 10], resumed, strict=False):
+            assert old["ids"] == new["ids"] and torch.equal(old["input_ids"], new["input_ids"])
+    assert list(resumed.bad) == ([7] if pack_tokens else [])
+    for name, value in (("world_size", 4), ("batch_size", 2), ("pack_tokens", 99)):
+        with pytest.raises(InputError, match=f"saved with {name} = .* now it is {value}"):
+            batches(**{name: value}).load_state_dict(state)
+
+
+def test_packing_loses_nothing_and_fills_rows_of_mixed_lengths_above_90_percent():
+    rng = random.Random(0)
+    samples = text_samples([min(1024, int(rng.lognormvariate(4.5, 1))) for _ in range(2000)])
+    source, given = Batches(samples, 4, 0, pack_tokens=1024), []
+    for batch in itertools.islice(source, 40):
+        given += batch["ids"]
+        assert batch["input_ids"].shape[0] == 4 and batch["input_ids"].shape[1] <= 1024
+        lengths = torch.cat([row.bincount()[1:] for row in batch["document_ids"]])
+        assert lengths.tolist() == [len(samples[i]["input_ids"]) for i in batch["ids"]]
+        assert torch.equal(batch["input_ids"][batch["document_ids"] > 0],
+                           torch.cat([samples[i]["input_ids"] for i in batch["ids"]]))
+    real = sum(len(samples[i]["input_ids"]) for i in given)
+    assert source.utilisation == real / (40 * 4 * 1024) > 0.98
+    # all that was drawn, in the order of unpacked batches, was given or waits
+    order = itertools.chain(*drawn(Batches(samples, 1, 0, pool=1), source.seen))
+    assert sorted(given + [i for *_, i, _ in source.waiting[0]]) == sorted(order)
 
 
 # ---------------------------------------------------------------- sample.py

@@ -9,16 +9,13 @@ Read RECIPES first: the table of stages is the paper. Then: one stage, the evalu
 Each stage leaves a checkpoint in the official format in out/RECIPE/STAGE/, and log.jsonl has every step.
 """
 import copy
-import itertools
 import json
 import math
-import random
 import re
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from tqdm import tqdm
 
 from data import (
     TASKS,
+    Batches,
     Tokenizer,
     World,
     collate,
@@ -135,37 +133,13 @@ class Log:
         self.file.flush()
 
 
-def batches(dataset, flags: Flags, pad_id: int, log: Log) -> Iterator[dict]:
-    """Endless shuffled batches. Samples of like length go together: 8 batches are drawn, sorted and cut.
-    An unreadable sample is named, counted and left out; more than max_bad of them stop the training."""
-    rng, bad, seen = random.Random(flags.seed), set(), 0
-
-    def shuffled(n: int) -> Iterator[int]:
-        while True:
-            yield from rng.sample(range(n), n)
-
-    order = itertools.count() if isinstance(dataset, World) else shuffled(len(dataset))
-    while True:
-        pool = []
-        while len(pool) < 8 * flags.batch_size:
-            i = next(order)
-            seen += 1
-            try:
-                if i not in bad:
-                    pool.append(dataset[i])
-            except InputError as e:
-                bad.add(i)
-                tqdm.write(f"bad sample, left out: {e}", file=sys.stderr)
-                log.write(event="bad sample", error=str(e))
-                # the limit holds for the samples so far, or for the first 1000 while they are few
-                if len(bad) > flags.max_bad * min(len(dataset), max(seen, 1000)) or len(bad) == len(dataset):
-                    raise InputError(f"{len(bad)} of {min(seen, len(dataset))} samples are unreadable; "
-                                     f"--max_bad {flags.max_bad:g} allows fewer. The last: {e}") from None
-        pool.sort(key=lambda sample: len(sample["input_ids"]))
-        groups = [pool[i:i + flags.batch_size] for i in range(0, len(pool), flags.batch_size)]
-        rng.shuffle(groups)
-        for group in groups:
-            yield collate(group, pad_id)
+def batches(dataset, flags: Flags, pad_id: int, log: Log) -> Batches:
+    """The training samples. An unreadable one is named, counted and left out; more than max_bad of them stop
+    the training."""
+    def on_bad(i: int, error: str):
+        tqdm.write(f"bad sample, left out: {error}", file=sys.stderr)
+        log.write(event="bad sample", error=error)
+    return Batches(dataset, flags.batch_size, pad_id, seed=flags.seed, max_bad=flags.max_bad, on_bad=on_bad)
 
 
 def select_trainable(model: MonoInternVL, stage: Stage) -> list[torch.nn.Parameter]:
@@ -194,7 +168,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
          {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}],
         lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     steps = stage.steps if flags.steps is None else flags.steps
-    source, started, tokens = batches(dataset, flags, pad_id, log), time.time(), 0
+    source, started, tokens = iter(batches(dataset, flags, pad_id, log)), time.time(), 0
     model.train()
     bar = tqdm(range(steps), desc=f"{stage.name:4} {sum(p.numel() for p in trainable) / 1e6:.2f} M train",
                unit="step", mininterval=0.5)
@@ -204,12 +178,12 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
         counts = [int((m["labels"][:, 1:] != -100).sum()) for m in micro]
         loss = 0.0
         for m, count in zip(micro, counts, strict=True):
-            m = {k: v if v is None else v.to(device) for k, v in m.items()}
+            m = {k: v.to(device) for k, v in m.items() if isinstance(v, Tensor)}
             with torch.autocast(device.type, torch.bfloat16, enabled=flags.dtype == "bfloat16"):
                 part = model(**m)[1] * (count / max(1, sum(counts)))
             part.backward()
             loss += part.item()
-            mask = m["attention_mask"]
+            mask = m.get("attention_mask")
             tokens += m["input_ids"].numel() if mask is None else int(mask.sum())
         if not math.isfinite(loss):
             raise InputError(f"the loss of {stage.name} is {loss} at step {step}; lower --lr")
