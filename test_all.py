@@ -12,8 +12,10 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -24,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
@@ -2428,6 +2431,81 @@ def test_a_third_of_the_alt_texts_is_noise(world_tok):
         assert image.tobytes() == picture.image.tobytes()
         wrong += conversation[1]["value"] != picture.alt
     assert 0.25 < wrong / 600 < 0.36               # some wrong alt texts happen to fit ("a sign")
+
+
+# ---------------------------------------------------------------- the notebooks
+
+NOTEBOOKS = sorted(path.name for path in (HERE / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
+source_hash = runpy.run_path(str(HERE / "notebooks" / "execute.py"))["source_hash"]
+
+
+def code_cells(name, folder=HERE):
+    notebook = nbformat.read(folder / "notebooks" / name, as_version=4)
+    return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """All notebooks run by their own command, two at a time, in a copy of the project: {name: its output}."""
+    copy = tmp_path_factory.mktemp("copy")
+    for file in [*HERE.glob("*.py"), *HERE.glob("*.cu"), *HERE.glob("*.h")]:
+        (copy / file.name).symlink_to(file)
+    for folder in ("assets", "notebooks"):
+        shutil.copytree(HERE / folder, copy / folder)
+
+    def run(name):
+        return subprocess.run([sys.executable, copy / "notebooks/execute.py", name], cwd=copy, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with ThreadPoolExecutor(2) as pool:
+        return copy, dict(zip(NOTEBOOKS, pool.map(run, NOTEBOOKS), strict=True))
+
+
+@every_notebook
+def test_a_notebook_runs_from_top_to_bottom(name, executed):
+    copy, results = executed
+    assert results[name].returncode == 0, results[name].stdout[-3000:]
+    notebook, cells = code_cells(name, copy)
+    assert notebook.metadata["outputs_of_source"] == source_hash(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert cells[0].outputs[0]["text"].startswith(f"Python {platform.python_version()}")
+
+
+@every_notebook
+def test_kept_outputs_belong_to_the_code_above_them(name):
+    notebook, cells = code_cells(name)
+    assert notebook.metadata.get("outputs_of_source") == source_hash(notebook), \
+        f"the code of {name} changed: python notebooks/execute.py {name}"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+    for output in (output for cell in cells for output in cell.outputs):
+        assert output.output_type != "error" and output.get("name") != "stderr", output
+        assert str(Path.home()) not in str(output) and "/tmp/" not in str(output)
+
+
+@every_notebook
+def test_a_notebook_is_made_to_be_read(name):
+    notebook, cells = code_cells(name)
+    assert notebook.cells[0].cell_type == "markdown" and "torch.__version__" in cells[0].source
+    assert (HERE / "notebooks" / name).stat().st_size < 1_000_000
+    for cell in cells:
+        assert len(cell.source.splitlines()) <= 15, cell.source
+    assert sum("assert" in cell.source for cell in cells) > len(cells) / 3
+    kinds = "".join("c" if cell.cell_type == "code" else "m" for cell in notebook.cells)
+    assert "ccccc" not in kinds and kinds.count("m") > len(kinds) / 4         # prose between the code
+    linked = re.findall(r"\]\(([^)#]+)\)", "".join(c.source for c in notebook.cells if c not in cells))
+    assert all((HERE / "notebooks" / link).exists() for link in linked if not link.startswith("http"))
+
+
+def test_the_hash_is_of_the_code_and_of_nothing_else():
+    notebook, cells = code_cells(NOTEBOOKS[0])
+    before = source_hash(notebook)
+    notebook.cells[0].source += " more prose"
+    cells[2].outputs = []
+    assert source_hash(notebook) == before
+    cells[2].source += "\n"
+    assert source_hash(notebook) != before
 
 
 # ---------------------------------------------------------------- training
