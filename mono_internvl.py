@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 
@@ -567,13 +568,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()  # a bf16 mean of squares is too coarse
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)      # in float32, cast, then × weight
 
 
 def rope_tables(c: MonoInternVLConfig, positions: Tensor, lengths: Tensor | int, dtype: torch.dtype):
-    """cos and sin, each (B, 1, T, hd), for positions (B, T) in rows of `lengths` (B,) tokens in all, or in
+    """cos and sin, each (B, T, 1, 1, hd), for positions (B, T) in rows of `lengths` (B,) tokens in all, or in
     documents of `lengths` (B, T).
 
     rope_scaling "linear" divides positions by the factor; "dynamic" (NTK) raises the base once a row is
@@ -589,7 +588,7 @@ def rope_tables(c: MonoInternVLConfig, positions: Tensor, lengths: Tensor | int,
     exponents = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32) / c.head_dim
     t = positions.float() / factor if kind == "linear" else positions.float()
     angles = t[..., None] * base ** -exponents                             # (B, T, hd/2)
-    angles = torch.cat([angles, angles], -1)[:, None]                      # half-rotation layout [repo]
+    angles = torch.cat([angles, angles], -1)[:, :, None, None]             # half-rotation layout [repo]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -599,20 +598,104 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Preallocated keys and values, (layers, B, KV, max_len, hd) each; `length` columns are filled."""
+    """Keys and values of the tokens read so far. Grows on demand; one may serve many calls of `generate`, of
+    one model whose weights stay as they are: a prompt that begins like the one before is not read again.
 
-    def __init__(self, c: MonoInternVLConfig, batch: int, max_len: int, dtype: torch.dtype, device):
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, max_len, c.head_dim)
+    keys, values (layers, rows, KV, columns, hd). length: filled columns, the same in all rows. real (rows,
+    columns) bool: False at pads, and beyond length. A layer writes at the columns `write` (T,) and attends
+    to the first `visible` ones.
+    """
+    BLOCK = 512  # a decoding step sees whole blocks of columns: few shapes, so few CUDA graphs
+
+    def __init__(self, config: MonoInternVLConfig):
+        self.c, self.length = config, 0
+        self.keys = self.values = self.real = None
+        self.ids, self.tiles = [], None            # what stands in the columns, if there is one row
+        self.padded = False                        # is there a pad in any row?
+        self.written = 0                           # columns that ever held something
+
+    def reserve(self, rows: int, columns: int, dtype: torch.dtype, device) -> None:
+        """Makes room, and keeps what there is if it has to move."""
+        c, old = self.c, (self.keys, self.values, self.real)
+        fits = self.keys is not None and (self.keys.dtype, self.keys.device) == (dtype, torch.device(device))
+        if fits and rows <= len(self.real) and columns <= self.real.shape[1]:
+            return
+        if fits:                                   # the next turn will need more still
+            rows = max(rows, len(self.real))
+            columns = max(columns, min(2 * self.real.shape[1], c.context_length))
+        else:
+            self.length = self.written = 0
+        columns = -(-columns // self.BLOCK) * self.BLOCK
+        # zeros, as a masked column still takes part in 0 · value: there may be no NaN
+        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, columns, c.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.length = 0
+        self.real = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        if self.length:
+            for new, t in ((self.keys, old[0]), (self.values, old[1])):
+                new[:, :t.shape[1], :, :self.length] = t[:, :, :, :self.length]
+            self.real[:len(old[2]), :self.length] = old[2][:, :self.length]
+        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)    # what a captured step reads
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)
+        self.graphs = {}                           # (rows, visible) -> CUDA graph, its logits
+        self.pool = torch.cuda.graph_pool_handle() if self.column.is_cuda else None
+
+    def truncate(self, length: int) -> None:
+        """Forgets all columns from `length` on, those of an interrupted step included."""
+        for t in (self.keys, self.values):
+            t[:, :, :, length:self.written] = 0
+        self.real[:, length:] = False
+        self.ids, self.length, self.written = self.ids[:length], length, length
+        self.padded = self.padded and length > 0
+
+    def extend(self, rows: int, T: int, attention_mask: Tensor | None) -> Tensor | None:
+        """T more columns of the first rows will be written: real (rows, length + T), None without any pad."""
+        self.visible = self.written = self.length + T
+        self.write = torch.arange(self.length, self.visible, device=self.keys.device)
+        new = True if attention_mask is None else attention_mask.bool()
+        self.real[:rows, self.length:self.visible] = new
+        self.padded |= attention_mask is not None
+        return self.real[:rows, :self.visible] if self.padded else None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (B, KV, T, hd) after the filled columns and returns all so far. `length` moves once all
-        layers have stored theirs: InternLM2.forward does it."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        """Stores k, v (B, KV, T, hd); returns the visible ones, (B, KV, visible, hd) each. `length` moves
+        once all layers have stored theirs."""
+        rows = len(k)
+        keys, values = self.keys[layer, :rows], self.values[layer, :rows]
+        keys.index_copy_(2, self.write, k.to(keys.dtype))
+        values.index_copy_(2, self.write, v.to(keys.dtype))
+        return keys[:, :, :self.visible], values[:, :, :self.visible]
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """Only these rows go on. They become the first ones, by few moves; returns which row is now where."""
+        order = list(range(len(rows)))
+        holes = sorted(set(order) - set(rows))
+        for hole, row in zip(holes, (r for r in rows if r >= len(rows)), strict=True):
+            order[hole] = row
+            for t in (self.keys, self.values):
+                t[:, hole] = t[:, row]
+            self.real[hole] = self.real[row]
+        return order
+
+    def matches(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[int, int]:
+        """How many columns, and how many tiles in them, hold the beginning of this prompt already."""
+        c, (B, T), same, tiles = self.c, input_ids.shape, 0, 0
+        stretched = (c.rope_scaling or {}).get("type") == "dynamic" and T > c.max_position_embeddings
+        if B > 1 or stretched:                     # stretched: cached keys were made with another base
+            return 0, 0
+        # The last token is always read: its state gives the next one.
+        for old, new in zip(self.ids[:min(self.length, T - 1)], input_ids[0].tolist(), strict=False):
+            if old != new:
+                break
+            same += 1
+        visual = [i for i in range(same) if self.ids[i] == c.img_context_token_id]
+        if visual and self.tiles.shape[1:] == pixel_values.shape[1:]:
+            per_tile = math.prod(s // (c.patch_size * c.shuffle) for s in pixel_values.shape[2:])
+            for old, new in zip(self.tiles[:len(visual) // per_tile], pixel_values, strict=False):
+                if not old.equal(new):
+                    break
+                tiles += 1
+            visual = visual[tiles * per_tile:]     # the same placeholders, of another picture
+        return visual[0] if visual else same, tiles
 
 
 class Attention(nn.Module):
@@ -640,15 +723,20 @@ class Attention(nn.Module):
         # rows of wqkv are grouped by key/value head: its query heads, then its key, then its value [repo]
         group = c.num_attention_heads // c.num_key_value_heads
         qkv = qkv.view(B, T, c.num_key_value_heads, group + 2, c.head_dim)
-        q = qkv[..., :group, :].flatten(2, 3).transpose(1, 2)                          # (B, H, T, hd)
-        k, v = (qkv[..., i, :].transpose(1, 2) for i in (group, group + 1))            # (B, KV, T, hd)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        qk = apply_rope(qkv[..., :-1, :], *rope)                           # (B, T, KV, group + 1, hd)
+        q, k, v = qk[..., :-1, :], qk[..., -1, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)
         if kv_cache is not None:
-            k, v = kv_cache.append(self.layer, k, v)
-        # mask None: T new tokens after an empty cache (causal), or one token that sees everything
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=group > 1)
-        y = y.transpose(1, 2).reshape(B, T, D)
+            k, v = kv_cache.append(self.layer, k, v)                       # (B, KV, visible, hd)
+        if T == 1:
+            # One token: the queries of a group see the same columns of the same head, like several tokens of
+            # one head. No key or value is repeated for them.
+            y = F.scaled_dot_product_attention(q[:, 0], k, v, attn_mask=mask)         # (B, KV, group, hd)
+        else:
+            # Repeated they are served by every fused attention kernel, whatever the mask. None: causal.
+            q, (k, v) = q.flatten(2, 3).transpose(1, 2), (t.repeat_interleave(group, 1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            y = y.transpose(1, 2)                                                      # (B, T, H, hd)
+        y = y.reshape(B, T, D)
         if c.attn_experts == "qkvo":
             return mmoe_linear(y, self.wo.weight, self.wo_ve.weight, routing)
         return self.wo(y)
@@ -685,17 +773,18 @@ class InternLM2(nn.Module):
                 document_ids=None) -> Tensor:
         """Embeddings x (B, T, D) -> hidden states (B, T, D) after the final norm, before the head.
 
-        attention_mask (B, past + T): 1 = real, 0 = pad, over the cached and the new tokens. lengths: tokens
-        that a row will have after a prefill in chunks (default: up to now); only dynamic RoPE looks at it.
-        With dynamic RoPE past max_position_embeddings, cached keys keep the base they were made with [repo].
+        attention_mask (B, T): 1 = real, 0 = pad. kv_cache: the tokens follow those that it holds, and join
+        them. lengths: tokens that a row will have after a prefill in chunks (default: up to now); only
+        dynamic RoPE looks at it. Past max_position_embeddings, cached keys keep their base [repo].
         document_ids (B, T), without a cache: rows are packed; each run of one id is a sequence of its own.
         """
         B, T, _ = x.shape
-        past = kv_cache.length if kv_cache is not None else 0
+        past = 0 if kv_cache is None else kv_cache.length
+        real = attention_mask if kv_cache is None else kv_cache.extend(B, T, attention_mask)
         columns = torch.arange(past + T, device=x.device)
         positions, mask, longest = columns[None, past:], None, past + T    # (1, T)
         if past and T > 1:
-            mask = columns <= columns[past:, None]  # (T, past + T), causal after a cache
+            mask = causal_lower_right(T, past + T)  # (T, past + T), causal after a cache
         if document_ids is not None:
             # Runs are counted, so that pads in one piece are a document too, which nobody reads.
             starts = F.pad(document_ids.diff(dim=1) != 0, (1, 0))          # (B, T) a document's first token
@@ -705,8 +794,8 @@ class InternLM2(nn.Module):
             longest = int(lengths.max())
             mask = (runs[:, :, None] == runs[:, None]) & (columns <= columns[:, None])
             mask = mask[:, None]                                           # (B, 1, T, T), block-diagonal
-        elif attention_mask is not None:
-            real = attention_mask.bool()                                   # (B, past + T)
+        elif real is not None:
+            real = real.bool()                                             # (B, past + T)
             positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]        # a row counts its own tokens only
             lengths = real.sum(1) if lengths is None else lengths
             # A pad sees itself: a row of the softmax with nothing to see would be NaN.
@@ -715,14 +804,28 @@ class InternLM2(nn.Module):
         if longest > self.c.context_length:
             raise InputError(f"{longest} tokens do not fit the context of {self.c.context_length}; "
                              "shorten the text or use fewer tiles")
-        rope = rope_tables(self.c, positions, past + T if lengths is None else lengths, x.dtype)
+        lengths = past + T if lengths is None else lengths
+        x = self.run_layers(x, positions, lengths, mask, routing, kv_cache)
+        if kv_cache is not None:
+            kv_cache.length += T
+        return x
+
+    def decode(self, x: Tensor, kv_cache: KVCache, visible: int) -> Tensor:
+        """One more text token a row, x (B, 1, D) -> (B, 1, D). Column and positions are read on the device,
+        and shapes are those of `visible` columns: a CUDA graph can hold this step and replay it."""
+        kv_cache.write, kv_cache.visible = kv_cache.column, visible
+        kv_cache.real[:len(x)].index_fill_(1, kv_cache.column, True)
+        real = kv_cache.real[:len(x), :visible]                            # (B, visible)
+        lengths = real.sum(1)
+        return self.run_layers(x, lengths[:, None] - 1, lengths, real[:, None, None], None, kv_cache)
+
+    def run_layers(self, x, positions, lengths, mask, routing, kv_cache) -> Tensor:
+        rope = rope_tables(self.c, positions, lengths, x.dtype)
         for layer in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, mask, routing, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rope, mask, routing, kv_cache)
-        if kv_cache is not None:
-            kv_cache.length += T
         return self.model.norm(x)
 
 
@@ -735,6 +838,7 @@ class MonoInternVL(nn.Module):
         super().__init__()
         c = self.config = config
         self.moe = "auto"                          # back end of the experts: auto, dense, torch, cuda
+        self.cuda_graphs, self.compile_decode = True, False                # of a decoding step
         shuffled = c.vision_hidden_size * c.shuffle ** 2
         self.vision_model = nn.ModuleDict({"embeddings": VisionEmbedding(c)})
         self.mlp1 = nn.Sequential(nn.LayerNorm(shuffled), nn.Linear(shuffled, c.hidden_size), nn.GELU(),
@@ -827,18 +931,67 @@ class MonoInternVL(nn.Module):
     # ------------------------------------------------------------ generation
 
     @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Tensor | None,
+                kv_cache: KVCache, chunk: int) -> Tensor:
+        """Reads the prompt into the cache, `chunk` tokens at a time; what the cache holds already is not read
+        again. Returns the logits (B, V) of the next token: the head runs on the last position only."""
+        T, image_token = input_ids.shape[1], self.config.img_context_token_id
+        past, tiles = kv_cache.matches(input_ids, pixel_values)
+        kv_cache.truncate(past)
+        x = self.embed(input_ids[:, past:], None if pixel_values is None else pixel_values[tiles:])
+        lengths = T if attention_mask is None else attention_mask.sum(1)
+        for start in range(past, T, chunk):
+            part = slice(start, start + chunk)
+            mask = None if attention_mask is None else attention_mask[:, part]
+            has_images = pixel_values is not None and bool((input_ids[:, part] == image_token).any())
+            routing = self.route(input_ids[:, part], mask, has_images)
+            new = x[:, start - past:start - past + chunk]
+            hidden = self.language_model(new, routing, mask, kv_cache, lengths)
+        if len(input_ids) == 1:
+            kv_cache.ids, kv_cache.tiles = input_ids[0].tolist(), pixel_values
+        return self.language_model.output(hidden[:, -1]).float()
+
+    def decode_step(self, token: Tensor, kv_cache: KVCache, visible: int) -> Tensor:
+        """token (B, 1) -> logits (B, V) of the next. A generated token is text: no routing, plain linears."""
+        x = self.language_model.model.tok_embeddings(token)
+        return self.language_model.output(self.language_model.decode(x, kv_cache, visible)[:, -1]).float()
+
+    @torch.inference_mode()
+    def decode(self, token: Tensor, kv_cache: KVCache) -> Tensor:
+        """token (B,) on the device -> logits (B, V) of the next, without a device→host sync. On a GPU a step
+        is a CUDA graph: one launch in place of hundreds. The next call may overwrite these logits."""
+        rows, visible = len(token), (kv_cache.length // kv_cache.BLOCK + 1) * kv_cache.BLOCK
+        kv_cache.token[:rows, 0] = token
+        kv_cache.column.fill_(kv_cache.length)
+        kv_cache.written = kv_cache.length + 1
+        step = compiled(MonoInternVL.decode_step) if self.compile_decode else MonoInternVL.decode_step
+        inputs = self, kv_cache.token[:rows], kv_cache, visible
+        if token.is_cuda and self.cuda_graphs:
+            if (rows, visible) not in kv_cache.graphs:
+                kv_cache.graphs[rows, visible] = capture(step, inputs, kv_cache.pool)
+            graph, logits = kv_cache.graphs[rows, visible]
+            graph.replay()
+        else:
+            logits = step(*inputs)
+        kv_cache.length += 1
+        return logits
+
+    @torch.inference_mode()
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                  attention_mask: Tensor | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
                  eos_token_id: int | Sequence[int] | None = None, seed: int | None = None,
-                 prefill_chunk: int | None = None) -> Iterator[Tensor]:
-        """Yields (B,) int64 as decoded, until every row has ended or the context is full.
+                 prefill_chunk: int | None = None, kv_cache: KVCache | None = None) -> Iterator[Tensor]:
+        """Yields (B,) int64 on the CPU as decoded, until every row has ended or the context is full.
 
         temperature 0 is greedy. eos_token_id: the token, or the tokens, that end a row; from then on the row
         yields it, or the first of them (None: no row ends).
-        attention_mask (B, T): pad on the left, all rows end in the same column. The repetition penalty counts
-        generated tokens only [repo: it sees no prompt ids]. seed: a private generator, the global one
-        is left alone. prefill_chunk: prompt tokens read at a time, to bound memory.
+        attention_mask (B, T): pad on the left, all rows end in the same column. The repetition penalty
+        counts generated tokens only [repo: it sees no prompt ids]. seed: row i draws from a generator of its
+        own, seeded with seed + i, and the global one is left alone. prefill_chunk: prompt tokens read at a
+        time, to bound memory. kv_cache: one of earlier calls; its memory is used again, and if this prompt of
+        one row begins with what it holds (a conversation that goes on), only the rest is read. That changes
+        no answer. <IMG_CONTEXT> is never generated: without a tile it means nothing.
         """
         self.check_inputs(input_ids, pixel_values, attention_mask)
         B, T = input_ids.shape
@@ -863,33 +1016,34 @@ class MonoInternVL(nn.Module):
         max_new_tokens = min(max_new_tokens, self.config.context_length - T)
         if attention_mask is not None and attention_mask.all():
             attention_mask = None                  # no pads: attention may skip its upper half
-        x = self.embed(input_ids, pixel_values)
-        cache = KVCache(self.config, B, T + max_new_tokens, x.dtype, x.device)
-        lengths = T if attention_mask is None else attention_mask.sum(1)
-        for start in range(0, T, chunk):                                   # prefill
-            part = slice(start, start + chunk)
-            so_far = None if attention_mask is None else attention_mask[:, :start + chunk]
-            routing = self.route(input_ids[:, part], so_far if so_far is None else so_far[:, part],
-                                 pixel_values is not None)
-            hidden = self.language_model(x[:, part], routing, so_far, cache, lengths)
-        generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
-        ends_on_device = torch.tensor(ends, dtype=torch.int64, device=x.device)
-        finished = torch.zeros(B, dtype=torch.bool, device=x.device)
-        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=x.device)
+        cache, device = KVCache(self.config) if kv_cache is None else kv_cache, input_ids.device
+        cache.reserve(B, T + max_new_tokens, self.language_model.output.weight.dtype, device)
+        logits = self.prefill(input_ids, pixel_values, attention_mask, cache, chunk)
+        forbidden = [] if self.config.img_context_token_id is None else [self.config.img_context_token_id]
+        forbidden = torch.tensor(forbidden, dtype=torch.int64, device=device)
+        generators = [None if seed is None else torch.Generator(device).manual_seed(seed + row)
+                      for row in range(B)]
+        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
+        yielded, running, ended = [0] * B, list(range(B)), set()           # running: the cache's rows
         for step in range(max_new_tokens):
-            logits = self.language_model.output(hidden[:, -1]).float()     # (B, V)
-            token = sample_token(logits, seen, temperature, top_k, top_p, repetition_penalty, generator)
-            if ends:
-                token = token.masked_fill(finished, ends[0])
-                finished |= torch.isin(token, ends_on_device)
-            yield token
-            if step + 1 == max_new_tokens or ends and finished.all():
+            token = sample_token(logits.index_fill(1, forbidden, -torch.inf), seen, temperature, top_k, top_p,
+                                 repetition_penalty, [generators[row] for row in running])
+            for row, t in zip(running, token.tolist(), strict=True):       # the one sync of a step
+                yielded[row] = ends[0] if row in ended else t
+            yield torch.tensor(yielded)
+            ended |= {row for row in running if yielded[row] in ends}
+            yielded = [ends[0] if row in ended else t for row, t in enumerate(yielded)]
+            keep = [i for i, row in enumerate(running) if row not in ended]
+            if step + 1 == max_new_tokens or not keep:
                 return
+            # Rows that ended leave the batch; where each size needs a graph of its own, only by halves.
+            if len(keep) < len(running) and (not token.is_cuda or len(keep) <= len(running) // 2):
+                order = cache.keep(keep)
+                running, token, seen = [running[i] for i in order], token[order], seen[order]
+            if B == 1:
+                cache.ids.append(yielded[0])
             seen.scatter_(1, token[:, None], True)
-            if attention_mask is not None:
-                attention_mask = F.pad(attention_mask, (0, 1), value=1)
-            # a generated token is text: no routing, plain linears
-            hidden = self.language_model(self.embed(token[:, None], None), None, attention_mask, cache)
+            logits = self.decode(token, cache)
 
     # ------------------------------------------------------------ the official folder format
 
@@ -1017,8 +1171,28 @@ class MonoInternVL(nn.Module):
                 "visual": total - sum(sizes[name] for name in text_experts)}
 
 
-def sample_token(logits, seen, temperature, top_k, top_p, repetition_penalty, generator) -> Tensor:
-    """Next tokens (B,) from logits (B, V): penalty, temperature, top-k, top-p, in Hugging Face's order."""
+@functools.cache
+def compiled(function):
+    return torch.compile(function, fullgraph=True)
+
+
+def capture(step, inputs, pool):
+    """step(*inputs) as a CUDA graph, and its result: one tensor, which every replay fills anew. Graphs that
+    never run at the same time may share a pool of memory."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*inputs)                              # libraries choose their kernels before the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = step(*inputs)
+    return graph, result
+
+
+def sample_token(logits, seen, temperature, top_k, top_p, repetition_penalty, generators) -> Tensor:
+    """Next tokens (B,) from logits (B, V): penalty, temperature, top-k, top-p, in Hugging Face's order.
+    generators: one a row, None is the global one. Without a device→host sync, which torch.multinomial has."""
     if repetition_penalty != 1.0:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(seen, penalised, logits)
@@ -1032,7 +1206,10 @@ def sample_token(logits, seen, temperature, top_k, top_p, repetition_penalty, ge
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    # of waiting times with rates p, the shortest is number i with probability p_i
+    waiting = torch.stack([torch.empty_like(row).exponential_(generator=g)
+                           for row, g in zip(logits, generators, strict=True)])
+    return (logits.softmax(-1) / waiting).argmax(-1)
 
 
 def _img_context_token_id(folder: Path) -> int | None:

@@ -4,8 +4,10 @@ The official numbers (assets/golden) come first; then the architecture against a
 token at a time, routing, generation, checkpoints; then data.py, sample.py, the CUDA kernel, training. A name
 is a sentence about the system. A law holds for whatever hypothesis draws; its draws are the same in each run.
 """
+import contextlib
 import ctypes
 import functools
+import gc
 import inspect
 import io
 import itertools
@@ -61,6 +63,7 @@ from mono_internvl import (
     KERNEL_DTYPES,
     FeedForward,
     InputError,
+    KVCache,
     MonoInternVL,
     MonoInternVLConfig,
     Routing,
@@ -89,6 +92,10 @@ PICTURE = str(OFFICIAL_DATA / "picture.png")       # 3 tiles of 56 pixels when 6
 settings.register_profile("law", deadline=None, derandomize=True)
 settings.load_profile("law")
 law = settings(max_examples=50)
+
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+needs_gpu = [pytest.mark.gpu, no_gpu]
+on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 
 
 # ---------------------------------------------------------------- tiny models and batches for them
@@ -541,7 +548,7 @@ def test_cached_decoding_equals_recomputing_everything(rows, new, rope, chunk):
     tokens = torch.stack(list(model.generate(ids, pixels, mask, max_new_tokens=new, temperature=1.0, seed=0,
                                              prefill_chunk=chunk or None)), 1)
     hook.remove()
-    assume(not (tokens == IMG).any())              # a generated token is text, whatever its number
+    assert not (tokens == IMG).any()               # a generated token is text
     whole, whole_mask = torch.cat([ids, tokens], 1), F.pad(mask, (0, new), value=1)
     with torch.no_grad():
         logits, _ = model(whole, pixels, whole_mask)
@@ -581,6 +588,172 @@ def test_a_token_never_sees_what_comes_after_it():
     with torch.no_grad():
         a, b = model(ids, pixels)[0][0], model(later, pixels)[0][0]
     assert torch.equal(a[:5], b[:5]) and (a[5:] != b[5:]).any(-1).all()
+
+
+# ---------------------------------------------------------------- the cache: turns, batches, growth
+
+def generated(model, ids, *args, **options) -> tuple[list, list[int]]:
+    """(tokens of each step, how many columns the decoder read at a time)."""
+    read = []
+    hook = record(model.language_model.model["norm"], read)
+    tokens = stream(model, ids, *args, **options)
+    hook.remove()
+    return tokens, [x.shape[1] for x in read]
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("block", [4, 512])
+def test_turns_that_share_a_cache_equal_one_long_prompt_and_read_only_what_is_new(chunk, block, monkeypatch):
+    monkeypatch.setattr(KVCache, "BLOCK", block)
+    model, tiles = tiny(), torch.randn(5, 3, 4, 4)
+    cache, ids, options = KVCache(model.config), [], dict(max_new_tokens=6, prefill_chunk=chunk)
+    for turn, n in (([1, 5, IMG, 6, 7], 1), ([8, IMG, IMG, 9, IMG, 10], 4), ([11, 12], 4), ([IMG, 3], 5)):
+        ids += turn
+        prompt, pixels = torch.tensor([ids]), tiles[:n]
+        alone, _ = generated(model, prompt, pixels, **options)
+        again, read = generated(model, prompt, pixels, kv_cache=cache, **options)
+        assert again == alone
+        # after the first turn, the last token of the answer before is new as well: nothing followed it yet
+        assert sum(read) == (5 if n == 1 else len(turn) + 1) + 5
+        ids += [token[0] for token in again]
+
+
+def test_a_cache_of_another_conversation_picture_or_shape_is_no_help_and_no_harm():
+    model, cache = tiny(), KVCache(tiny().config)
+    red, blue = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    wide = torch.randn(1, 3, 4, 8)                 # one tile of two tokens
+    first = [1, 5, IMG, IMG, 6, 7, 8]
+    for ids, pixels, read_first in (
+            (first, red, 7), (first, red, 1), (first, blue, 5), (first, torch.stack([blue[0], red[1]]), 4),
+            (first, wide, 5), (first[:5], wide, 1), ([1, 5, 6], None, 1), ([2, 5, 6], None, 3),
+            ([2, 5, 6, 9, 9, 9], None, 3), ([[2, 5, 6], [2, 5, 7]], None, 3), ([2, 5, 6], None, 3)):
+        prompt = torch.tensor(ids if isinstance(ids[0], list) else [ids])
+        again, read = generated(model, prompt, pixels, max_new_tokens=3, kv_cache=cache)
+        assert again == stream(model, prompt, pixels, max_new_tokens=3)
+        assert read[0] == read_first, ids
+    with pytest.raises(InputError, match="1 <IMG_CONTEXT> tokens for 0 tiles"):
+        stream(model, torch.tensor([first]), red, max_new_tokens=1, kv_cache=cache)
+        stream(model, torch.tensor([[*first, IMG]]), red, max_new_tokens=1, kv_cache=cache)
+
+
+@pytest.mark.parametrize("calls", [2, 5, None])    # Ctrl-C between two layers of prefill or step; a break
+def test_an_answer_that_was_stopped_anywhere_leaves_a_cache_that_holds_what_was_read(calls):
+    model, prompt, read = tiny(), torch.tensor([[1, 5, 6, 7, 8, 9]]), []
+
+    def interrupt(_, args):
+        read.append(args[0])
+        if len(read) == calls:
+            raise KeyboardInterrupt
+    hook = model.language_model.model["layers"][1].register_forward_pre_hook(interrupt)
+    cache = KVCache(model.config)
+    answer, tokens = model.generate(prompt, max_new_tokens=8, prefill_chunk=2, kv_cache=cache), []
+    with contextlib.suppress(KeyboardInterrupt):
+        tokens += [next(answer) for _ in range(3)]
+    answer.close()
+    hook.remove()
+    assert (len(tokens) == 3) == (calls is None)
+    longer = torch.cat([prompt, torch.tensor([[int(t) for t in tokens] + [3, 4]])], 1)
+    assert stream(model, longer, max_new_tokens=5, kv_cache=cache) == stream(model, longer, max_new_tokens=5)
+
+
+def test_what_an_earlier_call_left_in_a_cache_never_reaches_a_later_one():
+    model, cache = tiny(), KVCache(tiny().config)
+    prompt, poison = torch.tensor([[1, IMG, 2, 3, 4, 5, 6]]), torch.full((1, 3, 4, 4), math.nan)
+    stream(model, prompt, poison, max_new_tokens=9, kv_cache=cache)
+    for ids in (prompt[:, :1], PROMPTS):
+        assert stream(model, ids, max_new_tokens=4, kv_cache=cache) == stream(model, ids, max_new_tokens=4)
+
+
+def test_cached_keys_are_read_anew_once_dynamic_rope_changes_their_base():
+    model = tiny(rope_scaling=ROPE["dynamic"], max_position_embeddings=16)
+    cache, ids = KVCache(model.config), [1, 5, 6, 7]
+    for _ in range(3):
+        prompt = torch.tensor([ids])
+        tokens = stream(model, prompt, max_new_tokens=4, kv_cache=cache)
+        assert tokens == stream(model, prompt, max_new_tokens=4)
+        ids += [token[0] for token in tokens] + [9, 10]
+
+
+@settings(max_examples=20)
+@given(visual_rows(min_rows=2, max_rows=4), st.integers(0, 40), st.sampled_from([4, 512]), st.booleans())
+def test_rows_that_end_leave_the_batch_and_change_no_other_row(rows, eos, block, sampled):
+    model, (ids, pixels, mask) = tiny(), batch_of(rows)
+    options = dict(max_new_tokens=8, eos_token_id=eos, temperature=1.5 * sampled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVCache, "BLOCK", block)
+        states = []
+        hook = record(model.language_model.model["norm"], states)
+        together = list(zip(*stream(model, ids, pixels, mask, seed=3, **options), strict=True))
+        hook.remove()
+    lengths = []
+    for i, row in enumerate(rows):
+        tile = sum(map(sum, rows[:i]))
+        own = pixels[tile:tile + sum(row)] if sum(row) else None
+        alone = stream(model, ids[i:i + 1, mask[i].bool()], own, seed=3 + i, **options)
+        alone = [token[0] for token in alone]
+        assert list(together[i]) == alone + [eos] * (len(together[i]) - len(alone))
+        lengths.append(len(alone))
+    # after the prefill, a step decodes the rows that go on and no others
+    assert [len(x) for x in states[1:]] == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+
+
+def test_compiled_decoding_gives_the_same_tokens(monkeypatch):
+    monkeypatch.setattr(KVCache, "BLOCK", 4)       # 3 sizes of what a step sees
+    monkeypatch.setattr(mono_internvl, "compiled",
+                        functools.cache(lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")))
+    model, (ids, _, mask) = tiny(), batch_of([[False] * 4, [False] * 2])
+    plain = stream(model, ids, None, mask, max_new_tokens=8)
+    model.compile_decode = True
+    assert stream(model, ids, None, mask, max_new_tokens=8) == plain
+
+
+def test_a_thousand_decoded_tokens_take_no_memory():
+    def memory() -> int:
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+    answer = tiny(max_position_embeddings=2048).generate(PROMPTS, max_new_tokens=1000)
+    early, late = [memory() for i, _ in enumerate(answer) if i in (50, 998)]
+    assert early == late > 0
+
+
+def test_the_image_token_is_never_generated():
+    model = tiny()
+    with torch.no_grad():
+        model.language_model.output.weight[IMG] = 100 * model.language_model.output.weight[7]
+        model.language_model.output.weight[IMG + 1] = -model.language_model.output.weight[IMG]
+    for options in (dict(), dict(temperature=1.0, seed=0), dict(temperature=5.0, top_k=2, seed=0)):
+        tokens = stream(model, PROMPTS, max_new_tokens=20, **options)
+        assert all(IMG not in token for token in tokens)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("compile_decode", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_graphs_give_the_same_tokens_and_a_step_never_waits_for_the_host(device, compile_decode, dtype,
+                                                                          monkeypatch):
+    monkeypatch.setattr(KVCache, "BLOCK", 16)      # several graphs
+    model = tiny(hidden_size=64, max_position_embeddings=256).to(device, dtype)
+    ids, pixels, mask = (t.to(device) for t in batch_of([[False, True, False], [False] * 7, [True, False]]))
+    model.cuda_graphs = False
+    plain = stream(model, ids, pixels, mask, max_new_tokens=60)
+    model.cuda_graphs, model.compile_decode, cache = True, compile_decode, KVCache(model.config)
+    captured = stream(model, ids, pixels, mask, max_new_tokens=60, kv_cache=cache)
+    assert len(cache.graphs) >= 4
+    decode = model.decode
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return decode(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    monkeypatch.setattr(MonoInternVL, "decode", lambda self, *args: watched(*args))
+    replayed = stream(model, ids, pixels, mask, max_new_tokens=60, kv_cache=cache)
+    assert captured == replayed
+    if dtype == torch.float32 or not compile_decode:           # fused, 16-bit roundings may differ
+        assert replayed == plain
 
 
 # ---------------------------------------------------------------- generation
@@ -636,7 +809,7 @@ def test_sampling_follows_the_truncated_distribution(tenths, temperature, top_k,
         reached += p[i] / total
     logits, n = torch.tensor(scores).repeat(4000, 1), sum(p[i] for i in nucleus)
     draws = sample_token(logits, torch.zeros_like(logits, dtype=torch.bool), temperature, top_k, top_p, 1.0,
-                         torch.Generator().manual_seed(0))
+                         [torch.Generator().manual_seed(0)] * 4000)
     frequency = (draws.bincount(minlength=len(scores)) / 4000).tolist()
     assert {i for i, f in enumerate(frequency) if f} == set(nucleus)
     for i in nucleus:
@@ -651,7 +824,7 @@ def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits(
     expected = [s if not was else s / penalty if s > 0 else s * penalty
                 for s, was in zip(scores, seen, strict=True)]
     assume(sorted(expected)[-1] - sorted(expected)[-2] > 1e-5)
-    token = sample_token(torch.tensor([scores]), torch.tensor([seen]), 0.0, None, None, penalty, None)
+    token = sample_token(torch.tensor([scores]), torch.tensor([seen]), 0.0, None, None, penalty, [None])
     assert token.tolist() == [expected.index(max(expected))]
 
 
@@ -1804,9 +1977,6 @@ def test_the_script_ends_without_a_traceback_on_bad_input(checkpoint):
 
 TEXT, VISUAL, PAD = 0, 1, 2
 TILES = {"auto": 0, "small": 1, "medium": 2, "large": 3, "naive": 4}       # `enum Choice` in moe_kernel.cu
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-needs_gpu = [pytest.mark.gpu, no_gpu]
-on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 
 labels_of_a_batch = st.lists(st.sampled_from([TEXT, VISUAL, PAD]), max_size=130)
 multiples_of_8 = st.integers(1, 34).map(lambda i: 8 * i)
