@@ -9,12 +9,14 @@ Sources as in mono_internvl.py: [repo] is the official code, [ours] our choice.
 import argparse
 import codecs
 import difflib
+import glob
 import io
 import itertools
 import json
 import random
 import re
 import sys
+import tarfile
 import typing
 import warnings
 import zlib
@@ -236,10 +238,15 @@ def tile_image(image: str | Path | Image.Image, max_tiles: int = 12, image_size:
 
 
 def load_image(image: str | Path | Image.Image, max_tiles: int = 12, image_size: int = 448,
-               use_thumbnail: bool = True, min_tiles: int = 1) -> torch.Tensor:
+               use_thumbnail: bool = True, min_tiles: int = 1,
+               augment: random.Random | None = None) -> torch.Tensor:
     """A file or a PIL image -> (n_tiles, 3, image_size, image_size) float32, normalised with ImageNet's mean
-    and std. Raises InputError naming a file that is missing, damaged, empty or too large."""
+    and std. augment: each tile first goes through JPEG, its quality drawn from 75 to 100 [repo:
+    build_transform]. Raises InputError naming a file that is missing, damaged, empty or too large."""
     tiles = tile_image(image, max_tiles, image_size, use_thumbnail, min_tiles)
+    for i, tile in enumerate(tiles if augment else ()):
+        tile.save(file := io.BytesIO(), "JPEG", quality=augment.randint(75, 100))
+        tiles[i] = open_image(file)
     pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))          # (n, S, S, 3) uint8
     pixels = pixels.permute(0, 3, 1, 2).contiguous().float() / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -253,17 +260,22 @@ class JsonlDataset(Dataset):
     "conversations": [{"from": "human" | "gpt", "value": "...<image>..."}, ...]}, without "image" for text
     alone.
 
-    A sample is {"input_ids", "labels" (T,) int64, "pixel_values" (n_tiles, 3, S, S) or None, "id"}. Lines are
-    read when asked for; only their positions are kept. repeat_time 2.5 is every line twice and a random half
-    of them (seed) once more. max_tiles, the budget of one sample, is shared by its images [repo]; max_tokens
-    (default: the model's context) is a limit, nothing is cut. A bad line raises InputError with file and line
-    number when it is asked for.
+    A sample is {"input_ids", "labels" (T,) int64, "pixel_values" (n_tiles, 3, S, S) or None, "id"}. Samples
+    are read when asked for; only their places are kept, 16 bytes each. repeat_time 2.5 is every sample twice
+    and a random half of them (seed) once more [ours: the official code takes the first part of the file, and
+    no fractions above 1]. max_tiles, the budget of one sample, is shared by its images [repo]; max_tokens
+    (default: the model's context) is a limit, nothing is cut. augment: as in load_image, drawn by (seed,
+    index). A bad sample raises InputError with its file and line number when it is asked for; without "id"
+    they are its id.
     """
+
+    BLOCK = 1 << 20                                # bytes
 
     def __init__(self, annotation: str | Path, root: str | Path, tok: Tokenizer, config: MonoInternVLConfig,
                  repeat_time: float = 1, max_tiles: int | None = None, max_tokens: int | None = None,
-                 seed: int = 0):
+                 seed: int = 0, augment: bool = False):
         self.annotation, self.root, self.tok, self.config = annotation, Path(root).resolve(), tok, config
+        self.seed, self.augment = seed, augment
         self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
         self.max_tokens = config.context_length if max_tokens is None else max_tokens
         if type(repeat_time) not in (int, float) or not 0 < repeat_time < float("inf"):
@@ -272,49 +284,72 @@ class JsonlDataset(Dataset):
             raise InputError(f"max_dynamic_patch of {annotation} is {self.max_tiles!r}, expected at least 1")
         if not self.root.is_dir():
             raise InputError(f"the image folder {root} of {annotation} does not exist")
-        numbers, offsets, offset = array("q"), array("q"), 0
-        try:
-            with open(annotation, "rb") as f:
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        numbers.append(number)
-                        offsets.append(offset)
-                    offset += len(line)
-        except OSError as e:
-            raise InputError(f"{annotation} is not readable: {e.strerror}") from None
-        lines = np.stack([numbers, offsets], 1)                            # (n, 2)
-        part = np.random.default_rng(seed).permutation(len(lines))[:round(repeat_time % 1 * len(lines))]
-        self.lines = np.concatenate([lines] * int(repeat_time) + [lines[np.sort(part)]])
-        if not len(self.lines):
+        self.places = self.index()                                         # (n, 2) int64
+        n = len(self.places)
+        self.whole, some = int(repeat_time) * n, round(repeat_time % 1 * n)
+        self.part = np.sort(np.random.default_rng(seed).permutation(n if some else 0)[:some])
+        if not len(self):
             raise InputError(f"{annotation} with repeat_time {repeat_time} has no samples")
 
+    def index(self) -> np.ndarray:
+        """Numbers of the lines that are not blank, and their offsets in bytes. numpy finds them block by
+        block: ten million lines take seconds."""
+        starts, indented, blank, end, fresh = [np.empty(0, np.int64)], [], [], 0, True
+        try:
+            with open(self.annotation, "rb") as f:
+                while block := f.read(self.BLOCK):
+                    letters = np.frombuffer(block, np.uint8)
+                    here = np.flatnonzero(letters[:-1] == ord("\n")) + 1
+                    here = np.append(0, here) if fresh else here
+                    starts.append(end + here)
+                    indented += (end + here[letters[here] <= ord(" ")]).tolist()
+                    fresh, end = block.endswith(b"\n"), end + len(block)
+                for offset in indented:            # only these may be blank
+                    f.seek(offset)
+                    blank += [] if f.readline().strip() else [offset]
+        except OSError as e:
+            raise InputError(f"{self.annotation} is not readable: {e.strerror}") from None
+        starts = np.concatenate(starts)
+        places = np.stack([np.arange(1, len(starts) + 1), starts], 1)
+        return np.delete(places, np.searchsorted(starts, blank), 0) if blank else places
+
     def __len__(self) -> int:
-        return len(self.lines)
+        return self.whole + len(self.part)
 
     def __getitem__(self, i: int) -> dict:
-        number, offset = self.lines[i].tolist()
-        where = f"{self.annotation}:{number}"
-        with open(self.annotation, "rb") as f:
-            f.seek(offset)
-            try:
-                return self.sample(f.readline())
-            except InputError as e:
-                raise InputError(f"{where}: {e}") from None
-
-    def sample(self, line: bytes) -> dict:
+        place = self.places[i % len(self.places) if i < self.whole else self.part[i - self.whole]].tolist()
+        name, line, images = self.read(*place)
         try:
-            line = json.loads(line)
+            sample = self.sample(line, images, random.Random(f"{self.seed}/{i}") if self.augment else None)
+            return {**sample, "id": name if sample["id"] is None else sample["id"]}
+        except InputError as e:
+            raise InputError(f"{name}: {e}") from None
+
+    def read(self, number: int, offset: int) -> tuple[str, dict | bytes, list | None]:
+        """(what to call it, the line, its images; None: the line names them)"""
+        try:
+            with open(self.annotation, "rb") as f:
+                f.seek(offset)
+                return f"{self.annotation}:{number}", f.readline(), None
+        except OSError as e:
+            raise InputError(f"{self.annotation} is not readable any more: {e.strerror}") from None
+
+    def sample(self, line: dict | bytes, images: list | None, augment: random.Random | None) -> dict:
+        try:
+            line = json.loads(line) if isinstance(line, bytes) else line
         except (ValueError, RecursionError) as e:
             raise InputError(f"not JSON: {getattr(e, 'msg', e)}") from None
         if not isinstance(line, dict):
             raise InputError(f"{line!r:.60} is not an object with conversations")
-        images = line.get("image") or []
-        images = [images] if isinstance(images, str) else images
-        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-            raise InputError(f"image is {images!r:.60}, expected a file name or a list of them")
+        if images is None:
+            images = line.get("image") or []
+            images = [images] if isinstance(images, str) else images
+            if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+                raise InputError(f"image is {images!r:.60}, expected a file name or a list of them")
+            images = [self.path(image) for image in images]
         c, budget = self.config, max(1, self.max_tiles // max(1, len(images)))
-        tiles = [load_image(self.path(image), budget, c.image_size, c.use_thumbnail,
-                            min(budget, c.min_dynamic_patch)) for image in images]
+        tiles = [load_image(image, budget, c.image_size, c.use_thumbnail, min(budget, c.min_dynamic_patch),
+                            augment) for image in images]
         input_ids, labels = encode_conversation(self.tok, line.get("conversations"), [len(t) for t in tiles],
                                                 c.tokens_per_tile)
         if len(input_ids) > self.max_tokens:
@@ -335,26 +370,90 @@ class JsonlDataset(Dataset):
         return path
 
 
+class TarDataset(JsonlDataset):
+    """The same from .tar shards in WebDataset's layout: files whose names are alike up to the first dot stand
+    together and are one sample. a.json is a line of JSONL, its images are the other files (a.jpg, a.1.png) in
+    their order. If it has no conversations, a.txt is a caption, learned as the answer to <image> [ours].
+    """
+
+    def __init__(self, patterns: Sequence[str], *arguments, **options):
+        """patterns: "a.tar", "a-{000..003}.tar", "a-*.tar"; the others as for JsonlDataset, without root."""
+        self.shards = []
+        for pattern in patterns:
+            if braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+                numbers = range(int(braces[1]), int(braces[2]) + 1)
+                self.shards += [pattern.replace(braces[0], f"{i:0{len(braces[1])}}") for i in numbers]
+            else:
+                self.shards += sorted(glob.glob(pattern)) if re.search(r"[*?]", pattern) else [pattern]
+        if not self.shards:
+            raise InputError(f"no file is called {' or '.join(patterns)}")
+        super().__init__(" + ".join(patterns), ".", *arguments, **options)
+
+    def index(self) -> np.ndarray:
+        """Shard numbers and the offsets of samples' first headers. All headers are read once."""
+        places, name = array("q"), None
+        for number, path in enumerate(self.shards):
+            try:
+                with tarfile.open(path, "r:") as tar:
+                    while member := tar.next():
+                        if member.isfile() and name != (name := (number, stem(member))):
+                            places.extend((number, member.offset))
+                        tar.members.clear()        # tarfile would keep them all
+                    tar.fileobj.seek(tar.offset)
+                    if tar.fileobj.read(512) != bytes(512):
+                        raise tarfile.ReadError("its end is missing")
+            except (OSError, tarfile.TarError) as e:
+                raise InputError(f"{path} is no complete, uncompressed .tar: {e}") from None
+        return np.array(places, np.int64).reshape(-1, 2)
+
+    def read(self, number: int, offset: int) -> tuple[str, dict | bytes, list | None]:
+        path, files = self.shards[number], {}
+        try:
+            with open(path, "rb") as f:
+                f.seek(offset)
+                with tarfile.open(fileobj=f, mode="r:") as tar:
+                    first = member = tar.next()
+                    while member and stem(member) == stem(first):
+                        if member.isfile():
+                            files[member.name[len(stem(first)):]] = tar.extractfile(member).read()
+                        member = tar.next()
+            name = f"{path}: {stem(first)}"
+        except (OSError, tarfile.TarError, AttributeError) as e:
+            raise InputError(f"{path} is not readable any more: {e}") from None
+        line, caption = files.pop(".json", b""), files.pop(".txt", None)
+        if caption is not None and b'"conversations"' not in line:
+            line = {"conversations": turns("<image>", caption.decode(errors="surrogateescape"))}
+        return name, line, [io.BytesIO(content) for content in files.values()]
+
+
+def stem(member: tarfile.TarInfo) -> str:
+    folder, slash, name = member.name.rpartition("/")
+    return folder + slash + name.split(".")[0]
+
+
 def load_meta(path: str | Path, tok: Tokenizer, config: MonoInternVLConfig, max_tiles: int | None = None,
               max_tokens: int | None = None, seed: int = 0) -> ConcatDataset:
     """meta.json, {name: {root, annotation, repeat_time, max_dynamic_patch?, data_augment?}}, -> its datasets
-    in a row. root and annotation are relative to meta.json's folder. max_dynamic_patch goes before max_tiles
-    [repo]."""
+    in a row. root and annotation are relative to meta.json's folder. An annotation that ends in .tar, or a
+    list, names shards (see TarDataset) and needs no root. max_dynamic_patch goes before max_tiles [repo]."""
     meta, folder, datasets = read_json(path), Path(path).parent, []
     if not isinstance(meta, dict) or not meta:
         raise InputError(f"{path}: expected {{name: {{root, annotation, repeat_time}}}}")
     for name, entry in meta.items():
-        here = f"{path}: dataset {name}"
-        if not isinstance(entry, dict) or {type(entry.get("root")), type(entry.get("annotation"))} != {str}:
-            raise InputError(f"{here} needs root and annotation, two paths")
+        here, entry = f"{path}: dataset {name}", entry if isinstance(entry, dict) else {}
+        files = entry.get("annotation")
+        shards = files if isinstance(files, list) else [files] if str(files).endswith(".tar") else []
+        if not shards and {type(entry.get("root")), type(files)} != {str}:
+            raise InputError(f"{here} needs root and annotation, two paths, or .tar shards as annotation")
         if unknown := entry.keys() - {"root", "annotation", "repeat_time", "max_dynamic_patch",
                                       "data_augment", "length"}:
             raise InputError(f"{here} has the unknown field {min(unknown)}")
-        if entry.get("data_augment"):
-            raise InputError(f"{here} asks for data_augment, which is not supported; set it to false")
-        datasets.append(JsonlDataset(
-            folder / entry["annotation"], folder / entry["root"], tok, config, entry.get("repeat_time", 1),
-            entry.get("max_dynamic_patch", max_tiles), max_tokens, seed))
+        if type(augment := entry.get("data_augment", False)) is not bool:
+            raise InputError(f"{here}: data_augment is {augment!r}, expected true or false")
+        options = (tok, config, entry.get("repeat_time", 1), entry.get("max_dynamic_patch", max_tiles),
+                   max_tokens, seed, augment)
+        datasets.append(TarDataset([str(folder / str(shard)) for shard in shards], *options) if shards
+                        else JsonlDataset(folder / files, folder / entry["root"], *options))
     return ConcatDataset(datasets)
 
 
@@ -400,14 +499,16 @@ def too_many_bad(bad: int, seen: int, size: int, max_bad: float) -> str | None:
 
 
 class Guarded(Dataset):
-    """(index, sample, None), or (index, None, what is wrong): a bad sample must not end a worker process."""
+    """(index, sample, None), or (index, None, what is wrong): a bad sample must not end a worker process.
+    Tensors as numpy arrays: those go through a pipe, tensors each through an open file of shared memory."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
     def __getitem__(self, i: int) -> tuple[int, dict | None, str | None]:
         try:
-            return i, self.dataset[i], None
+            sample = self.dataset[i].items()
+            return i, {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in sample}, None
         except InputError as e:
             return i, None, str(e)
 
@@ -466,8 +567,8 @@ class Batches:
         for i, sample, error in DataLoader(
                 Guarded(self.dataset), batch_size=None, sampler=self.order(), num_workers=self.workers,
                 collate_fn=tuple, generator=torch.Generator(), **ahead):
-            if self.workers and sample:            # a tensor from a worker holds a file open: copy it
-                sample = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
+            for name, value in (sample or {}).items():
+                sample[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             yield i, sample, error
 
     def draw(self, source) -> tuple[int, int, int, dict]:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import gzip
 import inspect
 import io
 import itertools
@@ -22,6 +23,9 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
+import tempfile
+import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -1530,7 +1534,7 @@ def test_datasets_give_what_their_lines_say(tmp_path):
                                            {"image": [], "conversations": text}]},
                       max_dynamic_patch=3, data_augment=False)
     samples = load_meta(meta, TOK, SMALL)
-    assert [samples[i]["id"] for i in range(len(samples))] == [7, 8, "t", None]
+    assert [samples[i]["id"] for i in range(len(samples))] == [7, 8, "t", f"{tmp_path}/texts.jsonl:4"]
     # images of one sample share the budget: 3 tiles for one, 1 for each of two
     for i, (turns, images, budget) in enumerate([(one, 1, 3), (two, 2, 1), (text, 0, 3), (text, 0, 3)]):
         tiles = [load_image(PICTURE, budget, 56)] * images
@@ -1591,7 +1595,9 @@ def test_a_bad_line_is_named_by_file_and_number_and_the_others_still_load(tmp_pa
     ({"repeat_time": 0.001}, "no samples"), ({"annotation": "none.jsonl"}, "none.jsonl is not readable"),
     ({"root": "none"}, "image folder .*none"), ({"root": None}, "dataset a needs root"),
     ({"max_dynamic_patch": 0}, "max_dynamic_patch"), ({"repeat": 2}, "unknown field repeat"),
-    ({"data_augment": True}, "data_augment")])
+    ({"data_augment": "yes"}, "data_augment is 'yes', expected true or false"),
+    ({"annotation": []}, "needs root"), ({"annotation": "none-*.tar"}, "no file is called .*none-\\*.tar"),
+    ({"annotation": ["none.tar"]}, "none.tar is no complete, uncompressed .tar")])
 def test_a_bad_meta_file_is_refused_before_training(tmp_path, entry, message):
     meta = write_meta(tmp_path, {"a": [{"conversations": ask("a", "b")}]}, **entry)
     with pytest.raises(InputError, match=message):
@@ -1600,6 +1606,123 @@ def test_a_bad_meta_file_is_refused_before_training(tmp_path, entry, message):
         meta.write_text(content)
         with pytest.raises(InputError, match=str(meta)):
             load_meta(meta, TOK, SMALL)
+
+
+@law
+@given(st.lists(st.sampled_from(["\n", " ", "\r\n", "\t", "{}", "[1]"]), max_size=12).map("".join),
+       st.integers(1, 9))
+def test_line_numbers_and_offsets_do_not_depend_on_the_blocks_they_are_read_in(text, block):
+    dataset = JsonlDataset.__new__(JsonlDataset)
+    with tempfile.NamedTemporaryFile() as f:
+        f.write(text.encode())
+        f.flush()
+        dataset.annotation, dataset.BLOCK = f.name, block
+        places = dataset.index().tolist()
+    lines = text.encode().split(b"\n")
+    offsets = itertools.accumulate([0, *(len(line) + 1 for line in lines[:-1])])
+    assert places == [[i, at] for i, (line, at) in enumerate(zip(lines, offsets, strict=True), 1)
+                      if line.strip()]
+
+
+def test_a_large_file_is_indexed_in_blocks_and_not_held_in_memory(tmp_path):
+    """10 M lines open in seconds and in megabytes because no line becomes a Python object."""
+    n, line = 20_000, json.dumps({"conversations": ask("a" * 700, "b")}).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"".join(b"%d %s\n" % (i, line) for i in range(n)))
+    tracemalloc.start()
+    try:
+        samples = JsonlDataset(tmp_path / "a.jsonl", tmp_path, TOK, SMALL)
+        held, peak = tracemalloc.get_traced_memory()
+        objects = sum(s.count for s in tracemalloc.take_snapshot().statistics("filename"))
+    finally:
+        tracemalloc.stop()
+    size = os.path.getsize(tmp_path / "a.jsonl")
+    assert len(samples) == n and held < 20 * n + 50_000 and peak < size / 2 and objects < 1000
+    with pytest.raises(InputError, match="a.jsonl:15001: not JSON"):
+        samples[15_000]
+
+
+def test_data_augment_is_jpeg_of_each_tile_drawn_by_seed_and_sample(tmp_path):
+    meta = write_meta(tmp_path, {"a": [{"image": "a.png", "conversations": ask("<image>", "b")}] * 8},
+                      data_augment=True)
+    drawn = [load_meta(meta, TOK, SMALL, seed=seed)[i]["pixel_values"]
+             for seed in (0, 0, 1) for i in range(8)]
+    assert all(torch.equal(a, b) for a, b in zip(drawn[:8], drawn[8:16], strict=True))
+    quality_of = {}                                # pixels of a tile -> the quality of JPEG that gives them
+    for tile, quality in itertools.product(tile_image(PICTURE, 6, 56), range(75, 101)):
+        tile.save(file := io.BytesIO(), "JPEG", quality=quality)
+        quality_of[load_image(Image.open(file), 1, 56).numpy().tobytes()] = quality
+    found = [[quality_of[tile.numpy().tobytes()] for tile in pixels] for pixels in drawn]
+    assert found[:8] != found[16:] and len(set(map(tuple, found[:8]))) > 4 and len({*sum(found, [])}) > 9
+
+
+def write_shard(path: Path, files: dict[str, bytes], **options) -> Path:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+            member.size = len(content or b"")
+            tar.addfile(member, io.BytesIO(content or b""))
+    return path
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_shards_give_what_the_same_lines_give(format, tmp_path):
+    picture, small = Path(PICTURE).read_bytes(), io.BytesIO()
+    Image.open(PICTURE).resize((40, 90)).save(small, "PNG")
+    lines = [{"id": 5, "image": "a.png", "conversations": ask("<image>\nWhat?", "A car.")},
+             {"id": "two", "image": ["a.png", "b.png"], "conversations": ask("<image> <image>", "Twice.")},
+             {"id": "t", "conversations": ask("hi", "ho")},
+             {"id": "c", "image": "b.png", "conversations": ask("<image>", "a small car")}]
+    meta = write_meta(tmp_path, {"lines": lines})
+    (tmp_path / "img/b.png").write_bytes(small.getvalue())
+    expected = load_meta(meta, TOK, SMALL)
+    long = "" if format == tarfile.USTAR_FORMAT else "long" * 80           # a header of several blocks
+    write_shard(tmp_path / "s-000.tar", {
+        "part": None, "part/0001.png": picture, "part/0001.json": json.dumps(lines[0]).encode(),
+        f"part/{long}2.json": json.dumps(lines[1]).encode(), f"part/{long}2.0.png": picture,
+        f"part/{long}2.1.png": small.getvalue()}, format=format)
+    write_shard(tmp_path / "s-001.tar", {
+        f"{long}2.json": json.dumps(lines[2]).encode(), "0001.txt": b"a small car",
+        "0001.json": b'{"width": 40}', "0001.png": small.getvalue()}, format=format)
+    for annotation in ("s-{000..001}.tar", "s-*.tar", ["s-000.tar", "s-001.tar"]):
+        meta.write_text(json.dumps({"s": {"annotation": annotation, "repeat_time": 1.5}}))
+        samples = load_meta(meta, TOK, SMALL)
+        assert len(samples) == 6
+        for i, caption_id in enumerate([None, None, None, f"{tmp_path}/s-001.tar: 0001"]):
+            ours, theirs = samples[i], expected[i]
+            assert ours["id"] == (caption_id or theirs["id"])
+            assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
+            assert ours["labels"].tolist() == theirs["labels"].tolist()
+            if theirs["pixel_values"] is None:
+                assert ours["pixel_values"] is None
+            else:
+                assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+
+
+def test_a_cut_or_packed_shard_is_refused_and_a_bad_sample_in_one_is_named(tmp_path):
+    good = {"1.txt": b"a car", "1.png": Path(PICTURE).read_bytes()}
+    shard = write_shard(tmp_path / "a.tar", {**good, "2.png": good["1.png"], "3.txt": b"a",
+                                             "3.png": b"no", "4.txt": b"\xff", "4.png": good["1.png"],
+                                             "5.json": b"{"})
+    samples = data.TarDataset([str(shard)], TOK, SMALL)
+    assert len(samples) == 5 and len(samples[0]["pixel_values"]) == 3
+    for i, message in ((1, "a.tar: 2: not JSON"), (2, "a.tar: 3: .* not a readable image"),
+                       (3, "a.tar: 4: .* not valid Unicode"), (4, "a.tar: 5: not JSON")):
+        with pytest.raises(InputError, match=message):
+            samples[i]
+    content = shard.read_bytes()
+    end = len(content.rstrip(b"\0"))
+    for size in (0, 100, 512, 700, 1024, 1030, 20_000, end - end % 512, end - end % 512 + 512):
+        shard.write_bytes(content[:size])
+        with pytest.raises(InputError, match="a.tar is no complete, uncompressed .tar"):
+            data.TarDataset([str(shard)], TOK, SMALL)
+    for size in (100, 2000):
+        shard.write_bytes(content[:size])
+        with pytest.raises(InputError, match="a.tar is not readable any more"):
+            samples[0]
+    shard.write_bytes(gzip.compress(content))
+    with pytest.raises(InputError, match="a.tar is no complete, uncompressed .tar"):
+        data.TarDataset([str(shard)], TOK, SMALL)
 
 
 # ---------------------------------------------------------------- collation and flags
@@ -1708,6 +1831,49 @@ def test_a_packed_sample_is_as_if_alone_and_changing_its_neighbour_leaves_it_bit
         assert torch.equal(new[0][same], logits[0][same]) and not torch.equal(new[0], logits[0])
     with pytest.raises(InputError, match="17 tokens do not fit the context"):
         model(torch.zeros(1, 20, dtype=torch.int64), document_ids=torch.tensor([[1] * 17 + [2] * 3]))
+
+
+def write_bad_samples(folder: Path, good: int, bad_of_each: int) -> tuple[Path, set[str]]:
+    """meta.json of one file with bad lines of ten kinds among the good ones, and the bad ones' names."""
+    picture = Path(PICTURE).read_bytes()
+    (folder / "img").mkdir()
+    (folder / "img/good.png").write_bytes(picture)
+    (folder / "img/cut.png").write_bytes(picture[:len(picture) // 2])
+    (folder / "img/text.png").write_bytes(b"no picture")
+    (folder / "img/empty.png").write_bytes(b"")
+    (folder / "img/folder.png").mkdir()
+
+    def line(image, turns):
+        return json.dumps({"image": image, "conversations": turns}).encode()
+    pair = ask("<image>", "b")
+    kinds = [b'{"id": 1, "conversations": [{"fr', b"\xff\xfe\x00", b"null", line([], ask("b " * 600, "c")),
+             line([], ask("only a question")), line("good.png", ask("no mark", "b")), line("cut.png", pair),
+             line("text.png", pair), line("empty.png", pair), line("folder.png", pair)]
+    lines = [(line([], ask(f"{i}", "b" * (i % 9))), False) for i in range(good)]
+    lines += [(kind, True) for kind in kinds] * bad_of_each
+    random.Random(0).shuffle(lines)
+    (folder / "a.jsonl").write_bytes(b"\n".join(content for content, _ in lines))
+    (folder / "meta.json").write_text(json.dumps({"a": {"root": "img", "annotation": "a.jsonl"}}))
+    return folder / "meta.json", {f"{folder}/a.jsonl:{i}" for i, (_, bad) in enumerate(lines, 1) if bad}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_bad_samples_of_ten_kinds_are_all_named_once_and_the_others_all_given(tmp_path):
+    meta, bad = write_bad_samples(tmp_path, good=80, bad_of_each=2)
+    samples, named, given = load_meta(meta, TOK, SMALL, max_tokens=256), [], set()
+    batches = Batches(samples, 2, 0, max_bad=0.2, pack_tokens=256, workers=2, pool=2,
+                      on_bad=lambda i, error: named.append(error.split(": ")[0]))
+    for batch in batches:
+        given.update(batch["ids"])
+        if batches.seen > 2.5 * len(samples):      # two epochs, and what waits in the buffer
+            break
+    assert sorted(named) == sorted(bad) and len(batches.bad) == 20
+    assert given == {f"{tmp_path}/a.jsonl:{i}" for i in range(1, 101)} - bad
+    with pytest.raises(InputError, match=r"11 of \d+ samples are unreadable; --max_bad 0.1 allows fewer"):
+        list(itertools.islice(Batches(samples, 2, 0, max_bad=0.1, on_bad=lambda *_: None), 100))
+    only_bad = torch.utils.data.Subset(samples, [int(name.split(":")[1]) - 1 for name in bad])
+    with pytest.raises(InputError, match="20 samples in a row are unreadable"):
+        next(iter(Batches(only_bad, 1, 0, max_bad=1)))
 
 
 def drawn(batches, n) -> list[list]:
