@@ -572,7 +572,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(c: MonoInternVLConfig, positions: Tensor, lengths: Tensor | int, dtype: torch.dtype):
-    """cos and sin, each (B, T, 1, 1, hd), for positions (B, T) in rows of `lengths` (B,) tokens in all, or in
+    """cos and sin, each (B, 1, T, hd), for positions (B, T) in rows of `lengths` (B,) tokens in all, or in
     documents of `lengths` (B, T).
 
     rope_scaling "linear" divides positions by the factor; "dynamic" (NTK) raises the base once a row is
@@ -588,7 +588,7 @@ def rope_tables(c: MonoInternVLConfig, positions: Tensor, lengths: Tensor | int,
     exponents = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=torch.float32) / c.head_dim
     t = positions.float() / factor if kind == "linear" else positions.float()
     angles = t[..., None] * base ** -exponents                             # (B, T, hd/2)
-    angles = torch.cat([angles, angles], -1)[:, :, None, None]             # half-rotation layout [repo]
+    angles = torch.cat([angles, angles], -1)[:, None]                      # half-rotation layout [repo]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -722,20 +722,20 @@ class Attention(nn.Module):
             qkv = self.wqkv(x)
         # rows of wqkv are grouped by key/value head: its query heads, then its key, then its value [repo]
         group = c.num_attention_heads // c.num_key_value_heads
-        qkv = qkv.view(B, T, c.num_key_value_heads, group + 2, c.head_dim)
-        qk = apply_rope(qkv[..., :-1, :], *rope)                           # (B, T, KV, group + 1, hd)
-        q, k, v = qk[..., :-1, :], qk[..., -1, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)
+        qkv = qkv.view(B, T, c.num_key_value_heads, group + 2, c.head_dim).permute(0, 2, 3, 1, 4)
+        qk = apply_rope(qkv[:, :, :-1].flatten(1, 2), *rope).unflatten(1, (-1, group + 1))
+        q, k, v = qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]   # (B, KV, group, T, hd), twice (B, KV, T, hd)
         if kv_cache is not None:
-            k, v = kv_cache.append(self.layer, k, v)                       # (B, KV, visible, hd)
+            k, v = kv_cache.append(self.layer, k, v)           # (B, KV, visible, hd)
         if T == 1:
             # One token: the queries of a group see the same columns of the same head, like several tokens of
             # one head. No key or value is repeated for them.
-            y = F.scaled_dot_product_attention(q[:, 0], k, v, attn_mask=mask)         # (B, KV, group, hd)
+            y = F.scaled_dot_product_attention(q.squeeze(3), k, v, attn_mask=mask)     # (B, KV, group, hd)
         else:
             # Repeated they are served by every fused attention kernel, whatever the mask. None: causal.
-            q, (k, v) = q.flatten(2, 3).transpose(1, 2), (t.repeat_interleave(group, 1) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-            y = y.transpose(1, 2)                                                      # (B, T, H, hd)
+            k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
+            y = y.transpose(1, 2)                              # (B, T, H, hd)
         y = y.reshape(B, T, D)
         if c.attn_experts == "qkvo":
             return mmoe_linear(y, self.wo.weight, self.wo_ve.weight, routing)
