@@ -514,7 +514,7 @@ class Guarded(Dataset):
 
 
 class Batches:
-    """Endless seeded batches of one rank: what collate gives, and "ids", the ids of its samples.
+    """Endless seeded batches of one rank: what collate gives, and "ids" and "tasks" of its samples.
 
     The order of all ranks together is one permutation per epoch, made from (seed, epoch) alone; number k of
     it, counted on through the epochs, is rank k % world_size's. A dataset without a length is read 0, 1, 2,
@@ -627,7 +627,8 @@ class Batches:
             rows = self.next_rows(source) if self.pack_tokens else [[d] for d in self.next_group(source)]
             rows = [[sample for *_, sample in row] for row in rows]
             batch = collate([pack(row) if self.pack_tokens else row[0] for row in rows], self.pad_token_id)
-            yield {**batch, "ids": [sample["id"] for row in rows for sample in row]}
+            yield {**batch, "ids": [sample["id"] for row in rows for sample in row],
+                   "tasks": [sample.get("task") for row in rows for sample in row]}
 
     FIXED = "batch_size", "pool", "pack_tokens", "seed", "rank", "world_size", "size"
 
@@ -880,7 +881,8 @@ class World(Dataset):
         ids, labels = encode_conversation(self.tok, conversation, [] if tiles is None else [len(tiles)],
                                           self.config.tokens_per_tile)
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": tiles,
-                "id": f"{self.stage}/{i}"}
+                "id": f"{self.stage}/{i}",
+                "task": "text" if image is None else "captions" if len(conversation) == 2 else "questions"}
 
 
 def make_world_tokenizer(folder: str | Path) -> Tokenizer:

@@ -878,13 +878,14 @@ class MonoInternVL(nn.Module):
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                 attention_mask: Tensor | None = None, labels: Tensor | None = None,
-                document_ids: Tensor | None = None):
+                document_ids: Tensor | None = None, reduction: str = "mean"):
         """(logits, loss).
 
         input_ids (B, T) int64; pixel_values (n_tiles, 3, S, S), the tiles of all rows in reading order;
         attention_mask (B, T), 1 = real token; labels (B, T) int64, -100 = ignored, shifted inside.
         Without labels: logits (B, T, V), None. With labels: None, the mean cross-entropy over the supervised
         tokens; the head runs on their positions only (V is 92553: logits of a long prompt fill gigabytes).
+        reduction "none": their losses one by one, (supervised,), in reading order.
         document_ids (B, T) int64: several samples are packed in a row, one after the other, as 1, 2, ...; 0 =
         pad. A sample's logits, loss and positions are as if it were alone.
         Raises InputError for inputs that do not fit: shapes, ids, tiles per <IMG_CONTEXT>, context length.
@@ -899,9 +900,9 @@ class MonoInternVL(nn.Module):
         if document_ids is not None:
             supervised &= document_ids[:, 1:] == document_ids[:, :-1]      # but no other document's first
         logits = self.language_model.output(hidden[:, :-1][supervised])    # (supervised, V)
-        if not len(logits):
+        if not len(logits) and reduction == "mean":
             return None, hidden.sum() * 0  # a mean over nothing, gradient zero
-        return None, F.cross_entropy(logits.float(), labels[:, 1:][supervised])
+        return None, F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction=reduction)
 
     def check_inputs(self, input_ids, pixel_values, attention_mask, labels=None, document_ids=None):
         c, shape = self.config, tuple(input_ids.shape)
