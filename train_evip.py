@@ -312,25 +312,27 @@ def sample_numbers(batch: dict) -> Tensor:
     return torch.where(documents > 0, documents - 1 + in_row.cumsum(0) - in_row, -1)
 
 
-def training_flop(model: MonoInternVL, text: int, visual: int, supervised: int, pairs: int) -> float:
-    """Useful operations of a step, for MFU. A weight takes 2 per token forward, 2 for the gradient of its
-    input, 2 more if it trains itself; causal attention 6 per layer, channel and pair of tokens (`pairs`: the
-    sum of the samples' squared lengths, halved). What --recompute computes twice counts once."""
-    c, weights, flop = model.config, dict(model.named_parameters()), 0
+def flop_rates(model: MonoInternVL) -> dict[str, float]:
+    """Useful operations of training, for MFU: per text and visual token, per supervised one, per pair of
+    tokens that see each other. A weight takes 2 forward, 2 for the gradient of its input, 2 if it trains
+    itself; a pair 12 per channel and layer. What --recompute computes twice counts once."""
+    c, weights, rates = model.config, dict(model.named_parameters()), defaultdict(float)
+    rates["pairs"] = 12 * c.num_hidden_layers * c.hidden_size
     for name, p in weights.items():
         if p.ndim < 2 or name.endswith(("tok_embeddings.weight", "position_embedding", "class_embedding")):
             continue
-        if "_ve." in name or name.startswith("mlp1"):
-            tokens = visual
+        flop = p.numel() * (4 + 2 * p.requires_grad)
+        if name == "language_model.output.weight":
+            rates["labels"] += flop
+        elif "_ve." in name or name.startswith("mlp1"):
+            rates["visual"] += flop
         elif name.startswith("vision_model"):
-            tokens = visual * c.shuffle ** 2                               # patches
-        elif name == "language_model.output.weight":
-            tokens = supervised
-        else:                                                              # text only, if there is an expert
-            tokens = text if "feed_forward." in name or name.replace(".weight", "_ve.weight") in weights \
-                else text + visual
-        flop += p.numel() * tokens * (4 + 2 * p.requires_grad)
-    return flop + 6 * c.num_hidden_layers * c.hidden_size * pairs
+            rates["visual"] += flop * c.shuffle ** 2                       # patches of a visual token
+        else:
+            rates["text"] += flop
+            if "feed_forward." not in name and name.replace(".weight", "_ve.weight") not in weights:
+                rates["visual"] += flop                                    # without an expert: shared
+    return rates
 
 
 def measured_peak(flags: Flags) -> float:
@@ -471,7 +473,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
     board = log.tensorboard(stage.name, first)
     peak = (flags.peak_tflops or 0) * 1e12 or measured_peak(flags)
-    source, started, done = iter(batches), time.time(), defaultdict(float)
+    rates, source, started, done = flop_rates(model), iter(batches), time.time(), defaultdict(float)
     model.train()
     title = f"{stage.name:4} {sum(p.numel() for p in trainable) / 1e6:.2f} M train"
     bar = tqdm(range(first, steps), title, initial=first, total=steps, unit="step", mininterval=0.5,
@@ -525,11 +527,11 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
                         spoilt.append(sample)
                 lengths = owner[owner >= 0].bincount()
                 visual = 0 if m["pixel_values"] is None else len(m["pixel_values"]) * c.tokens_per_tile
-                for key, value in (("tokens", lengths.sum()), ("visual", visual), ("labels", int(s.sum())),
-                                   ("pairs", lengths.square().sum() // 2)):
-                    own[key] += int(value)
-            loss, tokens, visual, stop = add_up(sum(sums.values()), own["tokens"], own["visual"],
-                                                len(stop_signals))
+                for key, value in (("text", int(lengths.sum()) - visual), ("visual", visual),
+                                   ("labels", len(losses)), ("pairs", int(lengths.square().sum()) / 2)):
+                    own[key] += value
+            loss, tokens, visual, stop = add_up(sum(sums.values()), own["text"] + own["visual"],
+                                                own["visual"], len(stop_signals))
             loss /= max(1, total)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 everyones = [spoilt]
@@ -548,8 +550,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
             # Show it, and keep it.
             done["tokens"] += tokens
             done["visual"] += visual
-            done["flop"] += training_flop(model, own["tokens"] - own["visual"], own["visual"], own["labels"],
-                                          own["pairs"])
+            done["flop"] += sum(rates[key] * own[key] for key in own)
             seconds = time.time() - started
             shown = {"loss": loss, "lr": lr, "grad_norm": norm,
                      "tokens_per_s": round(done["tokens"] / seconds),
@@ -558,7 +559,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
             by_task = {str(task): sums[task] / max(1, counts[task]) for task in sums}     # of this process
             order = zlib.crc32(repr([m["ids"] for m in micro]).encode())
             log.write(stage=stage.name, step=step, **shown, tasks=by_task, order=order)
-            if board:
+            if board and step % 10 == 0:
                 for name, value in (shown | {f"loss/{task}": v for task, v in by_task.items()}).items():
                     board.add_scalar(name, value, step)
             bar.set_postfix_str(
