@@ -334,7 +334,8 @@ class JsonlDataset(Dataset):
         except OSError as e:
             raise InputError(f"{self.annotation} is not readable any more: {e.strerror}") from None
 
-    def sample(self, line: dict | bytes, images: list | None, augment: random.Random | None) -> dict:
+    def parse(self, line: dict | bytes, images: list | None) -> tuple[dict, list]:
+        """(the line, its images: files, or what `read` found)"""
         try:
             line = json.loads(line) if isinstance(line, bytes) else line
         except (ValueError, RecursionError) as e:
@@ -347,6 +348,10 @@ class JsonlDataset(Dataset):
             if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
                 raise InputError(f"image is {images!r:.60}, expected a file name or a list of them")
             images = [self.path(image) for image in images]
+        return line, images
+
+    def sample(self, line: dict | bytes, images: list | None, augment: random.Random | None) -> dict:
+        line, images = self.parse(line, images)
         c, budget = self.config, max(1, self.max_tiles // max(1, len(images)))
         tiles = [load_image(image, budget, c.image_size, c.use_thumbnail, min(budget, c.min_dynamic_patch),
                             augment) for image in images]

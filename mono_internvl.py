@@ -612,6 +612,7 @@ class KVCache:
         self.keys = self.values = self.real = None
         self.ids, self.tiles = [], None            # what stands in the columns, if there is one row
         self.padded = False                        # is there a pad in any row?
+        self.reused = 0                            # columns of the last prompt that were there already
         self.written = 0                           # columns that ever held something
 
     def reserve(self, rows: int, columns: int, dtype: torch.dtype, device) -> None:
@@ -939,6 +940,7 @@ class MonoInternVL(nn.Module):
         T, image_token = input_ids.shape[1], self.config.img_context_token_id
         past, tiles = kv_cache.matches(input_ids, pixel_values)
         kv_cache.truncate(past)
+        kv_cache.reused = past
         x = self.embed(input_ids[:, past:], None if pixel_values is None else pixel_values[tiles:])
         lengths = T if attention_mask is None else attention_mask.sum(1)
         for start in range(past, T, chunk):
@@ -981,18 +983,19 @@ class MonoInternVL(nn.Module):
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                  attention_mask: Tensor | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
-                 eos_token_id: int | Sequence[int] | None = None, seed: int | None = None,
+                 eos_token_id: int | Sequence[int] | None = None, seed: int | Sequence[int] | None = None,
                  prefill_chunk: int | None = None, kv_cache: KVCache | None = None) -> Iterator[Tensor]:
         """Yields (B,) int64 on the CPU as decoded, until every row has ended or the context is full.
 
         temperature 0 is greedy. eos_token_id: the token, or the tokens, that end a row; from then on the row
         yields it, or the first of them (None: no row ends).
         attention_mask (B, T): pad on the left, all rows end in the same column. The repetition penalty
-        counts generated tokens only [repo: it sees no prompt ids]. seed: row i draws from a generator of its
-        own, seeded with seed + i, and the global one is left alone. prefill_chunk: prompt tokens read at a
-        time, to bound memory. kv_cache: one of earlier calls; its memory is used again, and if this prompt of
-        one row begins with what it holds (a conversation that goes on), only the rest is read. That changes
-        no answer. <IMG_CONTEXT> is never generated: without a tile it means nothing.
+        counts generated tokens only [repo: it sees no prompt ids]. seed: each row draws from a generator of
+        its own, and the global one is left alone; a number s gives row i the seed s + i, a list has one for
+        each row. prefill_chunk: prompt tokens read at a time, to bound memory. kv_cache: of earlier calls;
+        its memory is used again, and if this prompt of one row begins with what it holds (a conversation
+        that goes on), only the rest is read. That changes no answer. <IMG_CONTEXT> is never generated:
+        without a tile it means nothing.
         """
         self.check_inputs(input_ids, pixel_values, attention_mask)
         B, T = input_ids.shape
@@ -1022,8 +1025,8 @@ class MonoInternVL(nn.Module):
         logits = self.prefill(input_ids, pixel_values, attention_mask, cache, chunk)
         forbidden = [] if self.config.img_context_token_id is None else [self.config.img_context_token_id]
         forbidden = torch.tensor(forbidden, dtype=torch.int64, device=device)
-        generators = [None if seed is None else torch.Generator(device).manual_seed(seed + row)
-                      for row in range(B)]
+        seeds = [seed + row for row in range(B)] if isinstance(seed, int) else seed or []
+        generators = [torch.Generator(device).manual_seed(s) for s in seeds] or [None] * B
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
         yielded, running, ended = [0] * B, list(range(B)), set()           # running: the cache's rows
         for step in range(max_new_tokens):

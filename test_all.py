@@ -1988,7 +1988,9 @@ def test_the_answer_is_what_the_model_generates(checkpoint, images, capsys):
     pixels = torch.cat([load_image(PICTURE, 6, 56)] * images) if images else None
     model, end = MonoInternVL.from_pretrained(checkpoint), TOK.token_id("<|im_end|>")
     tokens = model.generate(torch.tensor([ids]), pixels, max_new_tokens=12, eos_token_id=end)
-    assert capsys.readouterr().out == TOK.decode([token.item() for token in tokens]) + "\n"
+    ids = [token.item() for token in tokens]
+    ids = ids[:-1] if ids[-1] == end else ids
+    assert capsys.readouterr().out == TOK.decode(ids, skip_special_tokens=False) + "\n"
 
 
 @pytest.mark.parametrize("prompt, images, expected", [
@@ -2116,9 +2118,159 @@ def test_flags_reach_the_model(checkpoint, monkeypatch):
     assert used == [("dense", "cpu", torch.bfloat16), ("auto", "cpu", torch.float32),
                     ("cuda", "cpu", torch.float32)]
     flags = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 9, "top_p": 0.8, "repetition_penalty": 1.1,
-             "seed": 3}
+             "seed": 3, "prefill_chunk": 9}
     sample.main([*argv, *(f"--{name}={value}" for name, value in flags.items())])
+    assert isinstance(kwargs.pop("kv_cache"), KVCache)
     assert kwargs == {**flags, "eos_token_id": (TOK.token_id("<|im_end|>"), TOK.eos_id)}
+
+
+def test_the_marks_of_a_grounded_answer_are_part_of_it(checkpoint, monkeypatch, capsys):
+    answer = "<ref>cat</ref><box>[[1, 2, 30, 40]]</box>"
+    script(monkeypatch, answer + "<|im_end|>")
+    assert sample.main(["--model", checkpoint, "--prompt", "Where is the cat?"]) == 0
+    assert capsys.readouterr().out == answer + "\n"
+
+
+def test_a_chat_reads_each_turn_once_and_answers_as_if_it_read_all(checkpoint, monkeypatch, capsys):
+    type_in(monkeypatch, "hi", f"/image {PICTURE}", "and?", "more", "/clear", "hi")
+    asked, plain = [], MonoInternVL.generate
+
+    def generate(self, input_ids, pixel_values, **kwargs):
+        answer = []
+        asked.append((self, input_ids, pixel_values, kwargs, answer))
+        for token in plain(self, input_ids, pixel_values, **kwargs):
+            if not answer:
+                asked[-1] += (kwargs["kv_cache"].reused,)
+            answer.append(token.tolist())
+            yield token
+    monkeypatch.setattr(MonoInternVL, "generate", generate)
+    assert sample.main(["--model", checkpoint, "--max_new_tokens", "9", "--stats"]) == 0
+    stats = re.findall(r"time to first token [0-9.]+ s, then [0-9.]+ tokens/s; (\d+) tokens; prompt: "
+                       r"(\d+) visual, (\d+) text tokens, (\d+) of them read before; peak memory \d+ MB",
+                       capsys.readouterr().err)
+    assert len(asked) == len(stats) == 4 and torch.equal(asked[3][1], asked[0][1])
+    monkeypatch.setattr(MonoInternVL, "generate", plain)
+    before = 0
+    for turn, stat, tiles in zip(asked, stats, (0, 3, 3, 0), strict=True):
+        model, ids, pixels, kwargs, answer, reused = turn
+        del kwargs["kv_cache"]
+        assert stream(model, ids, pixels, **kwargs) == answer
+        visual = tiles * SMALL.tokens_per_tile
+        assert stat == (str(len(answer)), str(visual), str(ids.shape[1] - visual), str(reused))
+        # All that was read in the turn before; its last token was yielded only. After /clear: this very
+        # prompt, but for the last token, from which the answer follows.
+        assert reused == (before if ids is not asked[3][1] else ids.shape[1] - 1)
+        before = ids.shape[1] + len(answer) - 1
+
+
+def write_questions(folder: Path) -> Path:
+    """Nine lines that can be asked, with blank ones and five that cannot between them."""
+    shutil.copy(PICTURE, folder / "a.png")
+    Image.new("RGB", (56, 56), "red").save(folder / "b.png")
+    asked = [{"image": "a.png", "question": "What?"}, {"question": "hi " * 40}, {"question": "hi"},
+             {"image": ["a.png", "b.png"], "question": "Which?", "id": 7},
+             {"image": "b.png", "question": "What?"},
+             {"image": "b.png", "conversations": ask("<image>\nWhat?", "Red.", "Sure?", "Yes."), "id": "x"},
+             {"conversations": ask("So?")}, {"image": "b.png", "question": "What is <image>?"},
+             {"question": "ümlaut"}]
+    bad = ["{", '{"question": 1}', '{"image": "none.png", "question": "?"}', '{"conversations": []}',
+           '{"image": "../a.png", "question": "?"}']
+    lines = [json.dumps(q) for q in asked]
+    for i, line in enumerate(bad):
+        lines.insert(2 * i, line)
+    (folder / "questions.jsonl").write_text("\n" + "\n\n".join(lines))
+    return folder / "questions.jsonl"
+
+
+def ask_file(checkpoint, questions: Path, output: str, *argv: str) -> tuple[int, list[dict]]:
+    output, records = questions.with_name(output), []
+    code = sample.main(["--model", checkpoint, "--input", str(questions), "--output", str(output),
+                        "--max_new_tokens", "6", "--batch_size", "3", *argv])
+    if output.exists():
+        records = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    return code, records
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "1.5", "--seed", "4"]])
+def test_a_file_of_questions_is_answered_in_order_as_one_by_one_and_bad_lines_are_named(
+        checkpoint, tmp_path, monkeypatch, capsys, sampling):
+    questions = write_questions(tmp_path)
+    code, records = ask_file(checkpoint, questions, "answers.jsonl", *sampling)
+    err = capsys.readouterr().err
+    assert code == 0 and "9 of 14 questions answered, 5 left out" in err
+    assert sorted(map(int, re.findall(r"left out: .*questions.jsonl:(\d+): ", err))) == [2, 6, 10, 14, 18]
+    lines = questions.read_text().splitlines()
+    for record, number in zip(records, (4, 8, 12, 16, 20, 22, 24, 26, 28), strict=True):
+        asked = json.loads(lines[number - 1])
+        assert (record["line"], record["id"]) == (number, asked.get("id", f"{questions}:{number}"))
+        if record["id"] == "x":                    # two turns: its last answer is not shown
+            ids, _ = encode_conversation(TOK, asked["conversations"][:-1], [1], SMALL.tokens_per_tile)
+            tokens = stream(MonoInternVL.from_pretrained(checkpoint), torch.tensor([ids]),
+                            load_image(tmp_path / "b.png", 6, 56), max_new_tokens=6, seed=4,
+                            temperature=1.5 if sampling else 0, eos_token_id=TOK.token_id("<|im_end|>"))
+            alone = TOK.decode([t for t, in tokens], skip_special_tokens=False).removesuffix("<|im_end|>")
+        else:
+            images = asked.get("image", [])
+            images = [images] if isinstance(images, str) else images
+            images = ["--image", *images] if images else []
+            with monkeypatch.context() as patch:
+                patch.chdir(tmp_path)
+                sample.main(["--model", checkpoint, "--max_new_tokens", "6", *sampling, *images,
+                             "--prompt", asked.get("question", "So?")])
+            alone = capsys.readouterr().out.removesuffix("\n")
+        assert record["answer"] == alone
+
+
+def test_an_interrupted_file_of_questions_goes_on_and_ends_like_an_uninterrupted_one(checkpoint, tmp_path,
+                                                                                      monkeypatch, capsys):
+    questions, sampling = write_questions(tmp_path), ["--temperature", "1.5", "--seed", "4"]
+    _, whole = ask_file(checkpoint, questions, "whole.jsonl", *sampling)
+    plain, asked = MonoInternVL.generate, []
+
+    def generate(self, input_ids, *args, **kwargs):
+        asked.append(len(input_ids))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return plain(self, input_ids, *args, **kwargs)
+    monkeypatch.setattr(MonoInternVL, "generate", generate)
+    code, part = ask_file(checkpoint, questions, "parts.jsonl", *sampling)
+    assert code == 130 and part == [record for record in whole if record in part] and len(part) == 6
+    assert "6 of 14 questions answered" in capsys.readouterr().err
+    output = tmp_path / "parts.jsonl"              # a run that was killed leaves them as they came
+    output.write_text("".join(json.dumps(record) + "\n" for record in part[::-1]) + '{"line": 4, "ans')
+    for _ in range(2):                             # the second time, nothing is left to do
+        code, parts = ask_file(checkpoint, questions, "parts.jsonl", *sampling)
+        assert code == 0 and parts == whole and sum(asked[3:]) == 3
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--seed 5", "answers another question, or the same with other flags"),
+    ("--batch_size 0", "--batch_size is 0"), ("--prompt hi", "go together, without"),
+    ("--input none.jsonl", "none.jsonl is not readable"), ("--output none/a.jsonl", "cannot be written"),
+    ("--image_root none", "the image folder none"), ("--output {questions}", "answers another question")])
+def test_a_file_of_questions_that_cannot_be_answered_is_one_line(checkpoint, tmp_path, capsys, argv, message):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "hi"}\n')
+    assert ask_file(checkpoint, questions, "a.jsonl")[0] == 0
+    capsys.readouterr()
+    before = questions.read_bytes(), (tmp_path / "a.jsonl").read_bytes()
+    assert ask_file(checkpoint, questions, "a.jsonl", *argv.format(questions=questions).split())[0] == 1
+    assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
+    assert (questions.read_bytes(), (tmp_path / "a.jsonl").read_bytes()) == before
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_lower(checkpoint, tmp_path, monkeypatch, capsys):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    MonoInternVL(replace(SMALL, max_position_embeddings=10 ** 17)).save_pretrained(tmp_path)
+    argv = ["--model", str(tmp_path), "--max_new_tokens", str(10 ** 16)]       # more than can be addressed
+    assert sample.main([*argv, "--prompt", "hi"]) == 1
+    assert capsys.readouterr().err.startswith("error: out of memory; lower --max_new_tokens, --max_tiles")
+    type_in(monkeypatch, "hi", "hi")               # a chat goes on
+    assert sample.main(argv) == 0
+    assert capsys.readouterr().err.count("error: out of memory; lower") == 2
+    (tmp_path / "q.jsonl").write_text('{"question": "hi"}\n')
+    code, _ = ask_file(str(tmp_path), tmp_path / "q.jsonl", "a.jsonl", *argv[2:])
+    assert code == 1 and "error: out of memory; lower --batch_size" in capsys.readouterr().err
 
 
 def run_sample(*argv: str, **kwargs) -> subprocess.CompletedProcess:
