@@ -3150,6 +3150,22 @@ def test_own_data_trains_and_a_bad_sample_is_left_out_and_named(short_run, tmp_p
     assert "--max_bad 0.05" in capsys.readouterr().err
 
 
+def test_the_ablation_compares_four_ways_from_one_language_model(tmp_path, capsys):
+    results = train_evip.ablation(tiny_flags(out=str(tmp_path), steps=2, eval_questions=1, batch_size=2), 2)
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    rows, table = results["rows"], capsys.readouterr().out
+    assert [(row["seed"], row["variant"]) for row in rows] == \
+        [(seed, variant) for seed in range(2) for variant in train_evip.VARIANTS]
+    for i, row in enumerate(rows):
+        delta = "delta" in row["variant"]
+        assert row["text bitwise equal"] == delta == (row["text before"] == row["text after"])
+        assert row["text before"] == rows[i // 4 * 4]["text before"]       # one S0 a seed
+        assert len(row["caption loss"]) == 2 and 0 <= row["blank"] <= 1
+    assert len({row["caption loss"][0] for row in rows}) == 8              # but eight trainings
+    assert train_evip.ablation_table(results) in table and table.count(" ± ") == 20
+    assert train_evip.main(["--ablation", "--data=meta.json"]) == 1
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--stages", "S3"], "no such stage; there are S0, S1.1"),
     (["--stages", "S1.2"], "holds no checkpoint to start S1.2 from"),

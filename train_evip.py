@@ -3,22 +3,25 @@
     python train_evip.py                                  # tiny Mono-InternVL-1.5, every stage, 2 CPU cores
     python train_evip.py --recipe evip                    # Mono-InternVL (v1): no visual attention experts
     python train_evip.py --stages S1.3 S2                 # some stages, from the checkpoint before them
+    python train_evip.py --ablation                       # delta tuning against full fine-tuning, and more
     python train_evip.py --data meta.json --init_from FOLDER --stages S2          # your own data
     torchrun --nproc_per_node 8 train_evip.py --preset 2b --data meta.json --init_from internlm2-chat-1_8b
 
 Read RECIPES first: the table of stages is the paper. Then: the processes and the log, one stage (what trains,
-sharding, checkpoints, the loop), what fits into memory, the evaluation, the pictures, main. Each stage leaves
-a checkpoint in the official format in OUT/STAGE/; OUT/log.jsonl has every step. A run that was interrupted
-goes on when the same command is given again.
+sharding, checkpoints, the loop), what fits into memory, the evaluation, ablations, pictures, main. Each stage
+leaves a checkpoint in the official format in OUT/STAGE/; OUT/log.jsonl has every step. A run that was
+interrupted goes on when the same command is given again.
 """
 import importlib.util
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import textwrap
@@ -32,6 +35,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -42,6 +46,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
+    KINDS,
     TASKS,
     Batches,
     Tokenizer,
@@ -53,6 +58,7 @@ from data import (
     is_correct,
     load_image,
     load_meta,
+    make_picture,
     make_world_tokenizer,
     parse_flags,
     too_many_bad,
@@ -176,6 +182,7 @@ class Flags:
     peak_tflops: float | None = flag(None, "of one device, for MFU (default: a matrix product is measured)")
     dry_run: bool = flag(False, "only print the stages, the predicted memory and a batch")
     eval_questions: int = flag(100, "held-out questions per task at the end")
+    ablation: bool = flag(False, "compare delta tuning with full fine-tuning, v1 and random experts instead")
 
 
 # What may differ when an interrupted run goes on: nothing of it changes what is learned.
@@ -683,6 +690,95 @@ def evaluate(model: MonoInternVL, tok: Tokenizer, n: int, seed: int = 0) -> tupl
     return table, examples
 
 
+# ---------------------------------------------------------------- ablations: the paper's claims, tried out
+
+VARIANTS = {                           # of S1.1 and S1.2: what differs from the first
+    "delta tuning, 1.5": {},
+    "full fine-tuning, 1.5": {"trainable": "all"},
+    "delta tuning, v1": {"attn_experts": ""},
+    "delta tuning, 1.5, random experts": {"copy_experts": False},
+}
+
+
+def describe(model: MonoInternVL, tok: Tokenizer, n: int) -> dict[str, float]:
+    """Which part of held-out pictures, n of a kind, the model describes rightly, and of as many grey ones."""
+    def said(caption):                 # in any order, without the words that fill it
+        return {frozenset(re.findall(r"\w+", part)) - {"a", "at", "is", "shape", "the"}
+                for part in caption.split(",")}
+    c, right = model.config, {}
+    rng = random.Random("test")
+    pictures = [make_picture(rng, kind, "test") for kind in KINDS for _ in range(n)]
+    for name in ("right", "blank"):
+        images = [p.image if name == "right" else Image.new("RGB", p.image.size, "gray") for p in pictures]
+        answers = answer(model, tok, [(load_image(image, c.max_dynamic_patch, c.image_size),
+                                       "Describe the image.") for image in images])
+        pairs = zip(answers, pictures, strict=True)
+        right[name] = sum(said(a) == said(p.text) for a, p in pairs) / len(pictures)
+    return right
+
+
+def ablation(flags: Flags, seeds: int = 3) -> dict:
+    """Trains each variant through S1.1 and S1.2 on a CPU: from one S0 (or --init_from), on the same samples
+    of the embedded world, for as many steps. Writes out/ablation/results.json and returns what it holds."""
+    if flags.data:
+        raise InputError("--ablation is about the embedded world; drop --data")
+    started, out, rows = time.time(), Path(flags.out or "out/ablation"), []
+    s0, *stages = RECIPES["evip++"][:3]
+    for seed in range(flags.seed, flags.seed + seeds):
+        flags = replace(flags, seed=seed, device="cpu", dtype="float32")
+        torch.manual_seed(seed)
+        _, tok, build = origin(flags, s0, True, out)
+        llm, log = build(), Log(out / "log.jsonl")
+        if flags.init_from is None:
+            train_stage(llm, World("S0", tok, llm.config, 1, seed), s0, flags, log, tok)
+        for name, change in VARIANTS.items():
+            print(f"seed {seed}: {name}", flush=True)
+            torch.manual_seed(seed)    # new weights, but for the LLM's
+            model = MonoInternVL(replace(llm.config, attn_experts=change.get("attn_experts", "qkvo")))
+            kept = {n: w for n, w in llm.state_dict().items() if n.startswith("lang") and "_ve." not in n}
+            model.load_state_dict(kept, strict=False)
+            if change.get("copy_experts", True):
+                model.copy_text_experts()
+            logits, before = text_probe(model, tok)
+            for stage in stages:
+                stage = replace(stage, trainable=change.get("trainable", stage.trainable))
+                dataset = World(stage.name, tok, model.config, stage.max_tiles, seed)
+                if not train_stage(model, dataset, stage, flags, log, tok):
+                    raise KeyboardInterrupt
+            logits_after, after = text_probe(model, tok)
+            # every sample is new, so the training loss says what is learned; its mean in tenths of S1.2
+            steps = flags.steps or stages[-1].steps
+            lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[-steps:]
+            tenths = torch.tensor([json.loads(line)["loss"] for line in lines]).tensor_split(min(10, steps))
+            rows.append({"variant": name, "seed": seed, "text before": before, "text after": after,
+                         "text bitwise equal": torch.equal(logits, logits_after),
+                         **describe(model, tok, flags.eval_questions),
+                         "caption loss": [tenth.mean().item() for tenth in tenths]})
+    results = {"torch": torch.__version__, "threads": torch.get_num_threads(),
+               "seconds": time.time() - started, "steps": [flags.steps or stage.steps for stage in stages],
+               "batch_size": flags.batch_size, "pictures": len(KINDS) * flags.eval_questions, "rows": rows}
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    print("\n" + ablation_table(results))
+    return results
+
+
+def ablation_table(results: dict) -> str:
+    """Markdown: mean ± standard deviation over the seeds."""
+    lines = ["| S1.1 and S1.2 by | text loss before | after | bitwise equal | described rightly | blank image"
+             " | caption loss |", "|---|---|---|---|---|---|---|"]
+    for name in VARIANTS:
+        rows = [{**row, "caption loss": row["caption loss"][-1]} for row in results["rows"]
+                if row["variant"] == name]
+        cells = ["yes" if all(row["text bitwise equal"] for row in rows) else "no"]
+        for column, form in (("text before", ".3f"), ("text after", ".3f"),
+                             ("right", ".0%"), ("blank", ".0%"), ("caption loss", ".3f")):
+            values = [row[column] for row in rows]
+            spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):{form}}{spread}")
+        lines.append("| " + " | ".join([name, *cells[1:3], cells[0], *cells[3:]]) + " |")
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- pictures
 
 def plot_loss(log: Path, path: Path):
@@ -948,7 +1044,7 @@ def run(flags: Flags):
 def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(Flags, argv, __doc__.split("\n")[0])
     try:
-        run(flags)
+        (ablation if flags.ablation else run)(flags)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
