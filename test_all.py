@@ -1781,16 +1781,18 @@ def test_help_lists_every_flag_with_its_default(capsys):
 # ---------------------------------------------------------------- packing and order
 
 def text_samples(lengths, seed=0):
-    """Samples of text, every token but the first supervised; the id says which."""
+    """Samples of text, every token supervised, the first as well: nothing may predict it. The id is the
+    number."""
     g = torch.Generator().manual_seed(seed)
     rows = [torch.randint(0, IMG, (n,), generator=g) for n in lengths]
-    return [{"input_ids": row, "labels": torch.cat([torch.tensor([IGNORED]), row[1:]]), "pixel_values": None,
-             "id": i} for i, row in enumerate(rows)]
+    return [{"input_ids": row, "labels": row.clone(), "pixel_values": None, "id": i}
+            for i, row in enumerate(rows)]
 
 
 @pytest.mark.parametrize("rope", ROPE)
 @pytest.mark.parametrize("experts", ["", "qkvo"])
-def test_a_packed_sample_is_as_if_alone_and_changing_its_neighbour_leaves_it_bitwise(experts, rope):
+def test_a_packed_sample_is_as_if_alone_and_changing_its_neighbour_leaves_it_bitwise(
+        experts, rope, monkeypatch):
     """Logits, loss and gradients of samples with images, packed in two rows that no context would hold; the
     longest one stretches the base of dynamic RoPE, for itself alone."""
     model = tiny(experts, max_position_embeddings=8, rope_scaling=ROPE[rope])
@@ -1803,7 +1805,13 @@ def test_a_packed_sample_is_as_if_alone_and_changing_its_neighbour_leaves_it_bit
     batch = collate(rows)
     labels, ids = batch.pop("labels"), batch["document_ids"]
     assert ids[1].tolist() == [1] * 3 + [2] * 7 + [0] * (ids.shape[1] - 10)
-    logits = model(**batch)[0]
+    positions, tables = [], mono_internvl.rope_tables
+    with monkeypatch.context() as patch:           # RoPE is relative: only the tables show where it starts
+        patch.setattr(mono_internvl, "rope_tables", lambda c, p, *rest: (positions.append(p),
+                                                                          tables(c, p, *rest))[1])
+        logits = model(**batch)[0]
+    lengths = [len(s["input_ids"]) for s in samples]
+    assert positions[0][0].tolist() == [i for n in lengths for i in range(n)]
     alone = [model(s["input_ids"][None], s["pixel_values"])[0][0] for s in samples]
     for row, documents in ((0, alone), (1, alone[1:])):
         for i, expected in enumerate(documents, 1):
@@ -1811,7 +1819,7 @@ def test_a_packed_sample_is_as_if_alone_and_changing_its_neighbour_leaves_it_bit
     # the loss of the samples one by one, weighted by their supervised tokens, and its gradients
     packed = model(**batch, labels=labels)[1]
     single = [model(s["input_ids"][None], s["pixel_values"], labels=s["labels"][None])[1] for s in samples]
-    counts = [int((s["labels"] != IGNORED).sum()) for s in samples]
+    counts = [int((s["labels"][1:] != IGNORED).sum()) for s in samples]
     weights = [counts[0], 2 * counts[1], 2 * counts[2]]
     expected = sum(w * loss for w, loss in zip(weights, single, strict=True)) / sum(weights)
     assert_close(packed, expected, rtol=1e-5, atol=1e-6)
@@ -1929,8 +1937,9 @@ def test_a_saved_order_goes_on_bitwise_with_pool_and_packing_buffer(pack_tokens)
 def test_packing_loses_nothing_and_fills_rows_of_mixed_lengths_above_90_percent():
     rng = random.Random(0)
     samples = text_samples([min(1024, int(rng.lognormvariate(4.5, 1))) for _ in range(2000)])
-    source, given = Batches(samples, 4, 0, pack_tokens=1024), []
+    source, given, heads = Batches(samples, 4, 0, pack_tokens=1024), [], []
     for batch in itertools.islice(source, 40):
+        heads += [batch["ids"][n] for n in itertools.accumulate([0, *batch["document_ids"].amax(1)[:-1]])]
         given += batch["ids"]
         assert batch["input_ids"].shape[0] == 4 and batch["input_ids"].shape[1] <= 1024
         lengths = torch.cat([row.bincount()[1:] for row in batch["document_ids"]])
@@ -1940,8 +1949,10 @@ def test_packing_loses_nothing_and_fills_rows_of_mixed_lengths_above_90_percent(
     real = sum(len(samples[i]["input_ids"]) for i in given)
     assert source.utilisation == real / (40 * 4 * 1024) > 0.98
     # all that was drawn, in the order of unpacked batches, was given or waits
-    order = itertools.chain(*drawn(Batches(samples, 1, 0, pool=1), source.seen))
+    order = list(itertools.chain(*drawn(Batches(samples, 1, 0, pool=1), source.seen)))
     assert sorted(given + [i for *_, i, _ in source.waiting[0]]) == sorted(order)
+    # none waits for ever: a row begins with the sample that was drawn first
+    assert (drawn_at := [order.index(i) for i in heads]) == sorted(drawn_at)
 
 
 # ---------------------------------------------------------------- sample.py
