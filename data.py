@@ -541,7 +541,7 @@ class Batches:
         self.dataset, self.pad_token_id, self.workers, self.max_bad = dataset, pad_token_id, workers, max_bad
         self.batch_size, self.pool, self.pack_tokens = batch_size, pool, pack_tokens
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.samples = len(dataset) if hasattr(dataset, "__len__") else None
+        self.size = len(dataset) if hasattr(dataset, "__len__") else None
         self.on_bad = on_bad or (lambda _, error: print("bad sample, left out:", error, file=sys.stderr))
         self.rng = random.Random(seed)             # shuffles pools, on all ranks alike: like lengths meet
         self.seen, self.bad, self.tokens, self.slots = 0, {}, 0, 0
@@ -558,11 +558,11 @@ class Batches:
         yield from [i for drawn in self.waiting for *_, i, sample in drawn if sample is None]
         epoch = indices = None
         for k in itertools.count(self.seen * self.world_size + self.rank, self.world_size):
-            if self.samples and epoch != k // self.samples:
-                epoch = k // self.samples
-                indices = np.arange(self.samples, dtype=np.uint32 if self.samples < 2 ** 32 else np.int64)
+            if self.size and epoch != k // self.size:
+                epoch = k // self.size
+                indices = np.arange(self.size, dtype=np.uint32 if self.size < 2 ** 32 else np.int64)
                 np.random.default_rng([self.seed, epoch]).shuffle(indices)
-            yield int(indices[k % self.samples]) if self.samples else k
+            yield int(indices[k % self.size]) if self.size else k
 
     def fetch(self) -> Iterator[tuple[int, dict | None, str | None]]:
         ahead = {}                                 # workers read the next pool while one is used
@@ -589,9 +589,9 @@ class Batches:
             if i not in self.bad:
                 self.bad[i] = error
                 self.on_bad(i, error)
-                if wrong := too_many_bad(len(self.bad), self.seen, self.samples or sys.maxsize, self.max_bad):
+                if wrong := too_many_bad(len(self.bad), self.seen, self.size or sys.maxsize, self.max_bad):
                     raise InputError(f"{wrong}. The last: {error}")
-            if misses == self.samples:
+            if misses == self.size:
                 raise InputError(f"{misses} samples in a row are unreadable. The last: {self.bad[i]}")
 
     def next_group(self, source) -> list[tuple]:
@@ -635,7 +635,7 @@ class Batches:
             yield {**batch, "ids": [sample["id"] for row in rows for sample in row],
                    "tasks": [sample.get("task") for row in rows for sample in row]}
 
-    FIXED = "batch_size", "pool", "pack_tokens", "seed", "rank", "world_size", "samples"
+    FIXED = "batch_size", "pool", "pack_tokens", "seed", "rank", "world_size", "size"
 
     def state_dict(self) -> dict:
         """Where to go on, as JSON: samples are kept by index, and fetched again when a state is restored."""

@@ -1682,7 +1682,7 @@ def test_shards_give_what_the_same_lines_give(format, tmp_path):
         f"part/{long}2.json": json.dumps(lines[1]).encode(), f"part/{long}2.0.png": picture,
         f"part/{long}2.1.png": small.getvalue()}, format=format)
     write_shard(tmp_path / "s-001.tar", {
-        f"{long}2.json": json.dumps(lines[2]).encode(), "0001.txt": b"a small car",
+        f"part/{long}2.json": json.dumps(lines[2]).encode(), "0001.txt": b"a small car",
         "0001.json": b'{"width": 40}', "0001.png": small.getvalue()}, format=format)
     for annotation in ("s-{000..001}.tar", "s-*.tar", ["s-000.tar", "s-001.tar"]):
         meta.write_text(json.dumps({"s": {"annotation": annotation, "repeat_time": 1.5}}))
