@@ -271,6 +271,8 @@ class JsonlDataset(Dataset):
 
     BLOCK = 1 << 20                                # bytes
 
+    task = None                                    # load_meta's name of the dataset
+
     def __init__(self, annotation: str | Path, root: str | Path, tok: Tokenizer, config: MonoInternVLConfig,
                  repeat_time: float = 1, max_tiles: int | None = None, max_tokens: int | None = None,
                  seed: int = 0, augment: bool = False):
@@ -321,7 +323,7 @@ class JsonlDataset(Dataset):
         name, line, images = self.read(*place)
         try:
             sample = self.sample(line, images, random.Random(f"{self.seed}/{i}") if self.augment else None)
-            return {**sample, "id": name if sample["id"] is None else sample["id"]}
+            return {**sample, "id": name if sample["id"] is None else sample["id"], "task": self.task}
         except InputError as e:
             raise InputError(f"{name}: {e}") from None
 
@@ -459,6 +461,7 @@ def load_meta(path: str | Path, tok: Tokenizer, config: MonoInternVLConfig, max_
                    max_tokens, seed, augment)
         datasets.append(TarDataset([str(folder / str(shard)) for shard in shards], *options) if shards
                         else JsonlDataset(folder / files, folder / entry["root"], *options))
+        datasets[-1].task = name
     return ConcatDataset(datasets)
 
 

@@ -14,17 +14,22 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
 import re
+import resource
 import runpy
 import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import tracemalloc
 import warnings
 import zlib
@@ -3203,3 +3208,224 @@ def test_a_loss_that_is_no_number_stops_the_training(world_tok, tmp_path):
     with pytest.raises(InputError, match="loss of S1.2 is nan at step 0.*samples: S1.2/"):
         train_evip.train_stage(model, World("S1.2", world_tok, model.config), stage_of("S1.2"), tiny_flags(),
                                train_evip.Log(tmp_path / "log.jsonl"), world_tok)
+
+
+# ---------------------------------------------------------------- training: distribution and resume
+# Processes are forked, not started anew: no imports again, and what a test patched holds in them as well.
+
+def train(folder, *flags, world=1, hook=None, kill_at=None) -> list[int]:
+    """Exit codes of `world` processes that run train_evip.py with flags, and write to `folder`. hook(rank,
+    step) is called in each of them in every step, before the optimizer's. kill_at waits for the moment to
+    kill them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one_process(rank):
+        torch.set_num_threads(1)
+        if world > 1:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": str(port)}
+        original = train_evip.learning_rate
+        if hook:
+            train_evip.learning_rate = lambda step, *rest: (hook(rank, step), original(step, *rest))[1]
+        with open(f"{folder}.err{rank}", "a") as err, contextlib.redirect_stderr(err), \
+                contextlib.redirect_stdout(err):
+            code = train_evip.main([*flags, f"--out={folder}", "--device=cpu"])
+            err.flush()
+        os._exit(code)             # no clean-up of pytest's
+
+    processes = [FORK.Process(target=one_process, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        if kill_at:
+            kill_at()
+            process.kill()
+        process.join(200)
+        assert process.exitcode is not None, "a process hangs"
+    return [process.exitcode for process in processes]
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory, world_tok):
+    """A very small model, and 24 samples for it: half of them text alone, of many lengths."""
+    folder, rng = tmp_path_factory.mktemp("lessons"), random.Random(0)
+    torch.manual_seed(0)
+    config = replace(train_evip.tiny_config("evip++", world_tok), hidden_size=32, intermediate_size=32,
+                     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vision_hidden_size=8)
+    train_evip.save(MonoInternVL(config), world_tok, folder / "model")
+    data.make_picture(rng, "scene").image.save(folder / "scene.png")
+    lines = []
+    for i in range(24):
+        words = "a small red ring. " * rng.randint(1, 8)
+        image = {} if i % 2 else {"image": "scene.png"}
+        question = "What is this?" if i % 2 else "<image>\nWhat is this?"
+        lines.append({"id": i, **image, "conversations": data.turns(question, words)})
+    (folder / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "meta.json").write_text(json.dumps({"mine": {"root": ".", "annotation": "lines.jsonl"}}))
+    return folder
+
+
+def steps_logged(folder) -> list:
+    """What must not depend on when and how often a run was interrupted."""
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [[e[key] for key in ("stage", "step", "loss", "tasks", "lr", "grad_norm", "order")]
+            for e in events if "loss" in e]
+
+
+def signal_at(when, number=signal.SIGTERM, to=0):
+    """A hook: the process `to` gets a signal in step `when`."""
+    return lambda rank, step: os.kill(os.getpid(), number) if (rank, step) == (to, when) else None
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file below: the bits of each tensor, JSON but for the log's length, bytes."""
+    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    return {name: {key: t.numpy().tobytes() for key, t in load_file(p).items()} if p.suffix == ".safetensors"
+            else {**json.loads(p.read_text()), "log": None} if p.suffix == ".json" else p.read_bytes()
+            for name, p in files.items()}
+
+
+@pytest.mark.parametrize("world, parallel", [(1, "auto"), (2, "ddp"), (2, "fsdp")])
+def test_a_stopped_and_resumed_run_equals_one_in_one_go_bit_for_bit(lessons, tmp_path, world, parallel):
+    """With packing, accumulation, workers and recomputed layers. Weights, AdamW's moments, the place in the
+    data, random numbers, the log."""
+    flags = [f"--data={lessons}/meta.json", f"--init_from={lessons}/model", "--stages=S2", "--steps=7",
+             "--pack", "--max_tokens=96", "--batch_size=1", "--grad_accum=2", "--workers=1", "--pool=2",
+             "--recompute=on", f"--parallel={parallel}"]
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    done = [0] * world
+    assert train(once, *flags, world=world, hook=signal_at(3)) == done         # saved after step 5
+    assert train(twice, *flags, world=world, hook=signal_at(0, signal.SIGINT, to=world - 1)) == done
+    assert train(twice, *flags, world=world, hook=signal_at(3)) == done
+    assert sorted(p.name for p in (twice / "S2.partial").iterdir()) == ["step-0000002", "step-0000005"]
+    one, other = (contents(folder / "S2.partial" / "step-0000005") for folder in (once, twice))
+    parts = {"model", "optimizer", *(f"rank{i}.json" for i in range(world))}
+    assert {name.split("/")[0] for name in one} == parts
+    assert one == other
+    for folder in (once, twice):
+        assert train(folder, *flags, world=world) == done
+        assert not (folder / "S2.partial").exists()
+    assert contents(once / "S2") == contents(twice / "S2")
+    assert steps_logged(once) == steps_logged(twice)
+    assert [step for _, step, *_ in steps_logged(once)] == list(range(7))
+
+
+def test_ten_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(lessons, tmp_path):
+    flags = [f"--data={lessons}/meta.json", f"--init_from={lessons}/model", "--stages=S2", "--steps=32",
+             "--batch_size=2", "--grad_accum=1", "--save_every=1", "--max_tokens=64", "--max_bad=1"]
+    out, rng, saved = tmp_path / "killed", random.Random(0), [0]
+
+    def newest():
+        return max((int(p.name[5:]) for p in (out / "S2.partial").glob("step-*")), default=0)
+
+    def a_moment():                                # while it starts, steps, or writes one of its checkpoints
+        goal, until = saved[-1] + rng.randrange(3), time.time() + 100
+        while newest() < goal and time.time() < until:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+
+    for _ in range(10):
+        assert train(out, *flags, kill_at=a_moment) == [-signal.SIGKILL]
+        saved.append(newest())
+    assert saved == sorted(saved) and saved[-1] > 5
+    assert train(tmp_path / "once", *flags) == [0]
+    assert train(out, *flags) == [0]
+    assert contents(out / "S2") == contents(tmp_path / "once" / "S2")
+    assert steps_logged(out) == steps_logged(tmp_path / "once")
+    bad = [[e for e in map(json.loads, (folder / "log.jsonl").open()) if e.get("event") == "bad sample"]
+           for folder in (out, tmp_path / "once")]
+    assert bad[0] == bad[1] and len(bad[0]) > 0    # named once, although many lives met them
+
+
+def test_two_processes_learn_what_one_learns_from_twice_the_batch(lessons, tmp_path, monkeypatch):
+    """With DDP and FSDP; and what is frozen has no gradient, no optimizer state and does not change."""
+    original, initial = train_evip.train_stage, load_file(lessons / "model" / "model.safetensors")
+
+    def inspected(model, *rest):                   # in the processes: what is there after the last step
+        optimizers = []
+        adamw = torch.optim.AdamW
+        torch.optim.AdamW = lambda *a, **o: (optimizers.append(adamw(*a, **o)), optimizers[0])[1]
+        finished = original(model, *rest)
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        assert {id(p) for p in optimizers[0].state} == trained and len(trained) == 19
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+        return finished
+
+    monkeypatch.setattr(train_evip, "train_stage", inspected)
+    results = {}
+    for name, world, parallel, size in (("one", 1, "auto", 4), ("ddp", 2, "ddp", 2), ("fsdp", 2, "fsdp", 1)):
+        assert train(tmp_path / name, f"--data={lessons}/meta.json", f"--init_from={lessons}/model",
+                     "--pool=1", "--stages=S1.2", "--steps=4", f"--parallel={parallel}",
+                     f"--batch_size={size}", f"--grad_accum={4 // size // world}", world=world) == [0] * world
+        trained = load_file(tmp_path / name / "S1.2" / "model.safetensors")
+        results[name] = trained, steps_logged(tmp_path / name)
+    weights, steps = results["one"]
+    frozen = {n for n in weights if not re.search(train_evip.VISION, n)}
+    assert {n for n in weights if torch.equal(weights[n], initial[n])} == frozen
+    for others, logged in list(results.values())[1:]:
+        for n, t in weights.items():
+            assert_close(others[n], t, rtol=0, atol=0 if n in frozen else 1e-5)
+        for mine, theirs in zip(steps, logged, strict=True):
+            assert mine[:2] == theirs[:2] and mine[2] == pytest.approx(theirs[2], abs=1e-5)
+            assert mine[5] == pytest.approx(theirs[5], rel=1e-4)           # the gradient's norm
+
+
+def test_problems_of_one_process_stop_all_and_leave_the_earlier_checkpoints_usable(lessons, tmp_path):
+    flags = [f"--data={lessons}/meta.json", f"--init_from={lessons}/model", "--stages=S2", "--steps=4",
+             "--batch_size=2", "--grad_accum=1", "--save_every=1"]
+
+    def disk_is_full(rank, step):                  # no file of the first process may grow beyond 50 kB
+        if (rank, step) == (0, 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+
+    out = tmp_path / "full"
+    assert train(out, *flags, "--parallel=fsdp", world=2, hook=disk_is_full) == [1, 1]
+    for rank in (0, 1):
+        error = Path(f"{out}.err{rank}").read_text().splitlines()[-1]
+        assert "the checkpoint of step 2 cannot be written" in error and "make room" in error
+        assert "process 0: [Errno 27] File too large" in error
+    assert [p.name for p in (out / "S2.partial").iterdir()] == ["step-0000001"]
+    # another number of processes cannot go on with the order of samples, and says so; as many can
+    assert train(out, *flags) == [1]
+    assert "saved by 2 process(es)" in Path(f"{out}.err0").read_text()
+    assert train(out, *flags, "--parallel=fsdp", world=2) == [0, 0]
+    assert train(tmp_path / "once", *flags, "--parallel=fsdp", world=2) == [0, 0]
+    assert contents(out / "S2") == contents(tmp_path / "once" / "S2")
+
+    # half of the samples cannot be read, all of them by one process
+    shutil.copytree(lessons, tmp_path / "bad")
+    (tmp_path / "bad" / "scene.png").write_bytes(b"no picture")
+    out = tmp_path / "bad" / "out"
+    assert train(out, f"--data={tmp_path}/bad/meta.json", *flags[1:], "--max_bad=0.1", world=2) == [1, 1]
+    for rank in (0, 1):
+        error = Path(f"{out}.err{rank}").read_text()
+        assert "samples are unreadable; --max_bad 0.1 allows fewer" in error and "Traceback" not in error
+        log = (out / f"log.rank{rank}.jsonl" if rank else out / "log.jsonl").open()
+        named = [e["error"] for e in map(json.loads, log) if "error" in e]
+        assert named and all("scene.png" in error for error in named) and len(set(named)) == len(named)
+
+
+def test_an_interrupted_run_goes_on_only_with_its_own_flags_and_a_finished_one_starts_anew(lessons, tmp_path):
+    flags = [f"--data={lessons}/meta.json", f"--init_from={lessons}/model", "--stages", "S1.3", "S2",
+             "--steps=3", "--batch_size=2", "--grad_accum=1"]
+    assert train(tmp_path / "out", *flags, hook=signal_at(0)) == [0]       # S1.3 stops after step 2
+    said = Path(f"{tmp_path}/out.err0")
+    assert "stopped" in said.read_text()
+    assert train(tmp_path / "out", *flags, "--lr=0.5") == [1]
+    assert "had --lr None, not 0.5" in said.read_text()
+    kept = contents(tmp_path / "out" / "S1.3.partial")
+    assert train(tmp_path / "out", *flags, "--keep=1") == [0] and kept     # this one changes nothing learned
+    steps = [step[:2] for step in steps_logged(tmp_path / "out")]
+    assert steps == [[stage, i] for stage in ("S1.3", "S2") for i in range(3)]
+    once = contents(tmp_path / "out" / "S2")
+    assert train(tmp_path / "out", *flags, "--lr=0.5") == [0]              # finished: all is made anew
+    assert contents(tmp_path / "out" / "S2") != once
+    assert train(tmp_path / "out", *flags, hook=signal_at(0)) == [0]
+    assert train(tmp_path / "out", *flags, "--resume=never") == [0]
+    assert contents(tmp_path / "out" / "S2") == once
+    assert said.read_text().count("it goes on") == 1

@@ -260,11 +260,10 @@ def token_limit(model: MonoInternVL, stage: Stage, flags: Flags) -> int:
     return flags.max_tokens or stage.max_tokens or model.config.context_length
 
 
-def select_trainable(model: MonoInternVL, stage: Stage) -> list[torch.nn.Parameter]:
+def select_trainable(model: MonoInternVL, stage: Stage):
     for name, p in model.named_parameters():
         p.requires_grad_(re.search(TRAINABLE[stage.trainable], name) is not None)
         p.grad = None
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def hold(model: MonoInternVL, flags: Flags) -> MonoInternVL:
@@ -399,12 +398,14 @@ def save_partial(folder: Path, step: int, model, tok, optimizer, batches: Batche
         dcp.save(optimizer_tensors(model, optimizer), no_dist=not dist.is_initialized(),
                  storage_writer=HuggingFaceStorageWriter(str(aside / "optimizer"), save_distributed=True))
         save(model, tok, aside / "model")
-        rng = [torch.get_rng_state()] + [torch.cuda.get_rng_state()] * torch.cuda.is_available()
+        rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
         (aside / f"rank{rank()}.json").write_text(json.dumps({
             "step": step, "processes": world(), "batches": batches.state_dict(), "log": log.file.tell(),
             "rng": [state.tolist() for state in rng]}))
-    except (OSError, SafetensorError, dcp.CheckpointException) as e:
-        problem = " ".join(str(e).split())
+    except dcp.CheckpointException as e:
+        problem = "; ".join(f"process {i}: {error}" for i, (error, _) in e.failures.items())
+    except (OSError, SafetensorError) as e:
+        problem = str(e)
     if add_up(bool(problem))[0]:
         if not rank():
             shutil.rmtree(aside, ignore_errors=True)
@@ -449,8 +450,9 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
     c, device = model.config, torch.device(flags.device)
     batch_size, accum = batch_plan(model, stage, flags)
     steps = stage.steps if flags.steps is None else flags.steps
-    trainable = select_trainable(model, stage)
+    select_trainable(model, stage)
     forward = distribute(hold(model, flags), flags)
+    trainable = [p for p in model.parameters() if p.requires_grad]      # FSDP made other ones of them
     fsdp, ddp = isinstance(model, FSDPModule), forward is not model
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": flags.weight_decay},
@@ -496,7 +498,9 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
             supervised = [m["labels"][:, 1:] != -100 for m in micro]
             failed, bad, seen, total = add_up(problem is not None, len(batches.bad), batches.seen,
                                               sum(int(s.sum()) for s in supervised))
-            problem = problem or too_many_bad(int(bad), int(seen), batches.size or sys.maxsize, flags.max_bad)
+            # over the epochs, each process meets the same bad samples: hence size · world
+            problem = problem or too_many_bad(int(bad), int(seen), world() * (batches.size or sys.maxsize),
+                                              flags.max_bad)
             if problem or failed:
                 raise InputError(problem or "another process stopped, its message says why")
 
@@ -594,7 +598,8 @@ def memory_plan(model: MonoInternVL, stage: Stage, flags: Flags) -> dict[str, fl
     """Bytes on one device, by part, at most. What follows from the parameters is exact; activations are
     counted by hand for the longest batch (an estimate). The model may be on the meta device."""
     c, (batch_size, accum) = model.config, batch_plan(model, stage, flags)
-    trained = sum(p.numel() for p in select_trainable(model, stage))
+    select_trainable(model, stage)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     wide, sharded = getattr(torch, flags.dtype).itemsize, is_sharded(model, flags)
     share = world() if sharded else 1
@@ -951,7 +956,7 @@ def run(flags: Flags):
         has_bf16 = flags.device.startswith("cuda") and torch.cuda.is_bf16_supported()
         flags.dtype = "bfloat16" if has_bf16 else "float32"
     if world() > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if flags.device.startswith("cuda") else "cpu:gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if flags.device.startswith("cuda") else "gloo")
     out = Path(flags.out or f"out/{flags.recipe}")
     torch.manual_seed(flags.seed)
     progress = earlier_run(out, flags, stages)
