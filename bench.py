@@ -1,6 +1,7 @@
 """Every measured number of the README comes from here.
 
     python bench.py kernels [--json FILE] [--markdown]   the routed feed-forward layer
+    python bench.py infer [--json FILE] [--png FILE] [--markdown]    time to first token, decoding rate
 
 A run checks each back end against the dense reference before it times it, prints rows as they come, and ends
 with one line of JSON that names the hardware and the versions; --markdown makes the README's table of it.
@@ -10,12 +11,24 @@ import json
 import platform
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from mono_internvl import FeedForward, MonoInternVLConfig, Routing, kernel_linear, kernel_swiglu, mmoe_swiglu
+from mono_internvl import (
+    FeedForward,
+    KVCache,
+    MonoInternVL,
+    MonoInternVLConfig,
+    Routing,
+    VisionEmbedding,
+    kernel_linear,
+    kernel_swiglu,
+    mmoe_swiglu,
+    pixel_shuffle,
+)
 
 TEXT_TOKENS, TOKENS_PER_TILE = 64, 256
 
@@ -30,7 +43,7 @@ def hardware(device: str) -> str:
     return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def times_in_ms(run, buffers: int, device: str, seconds: float) -> list[float]:
+def times_in_ms(run, buffers: int, device: str, seconds: float, clock=time.perf_counter) -> list[float]:
     """run(i) works on the i-th of several sets of tensors: caches must not hold what the next call needs.
 
     On a GPU each set's work is captured as a CUDA graph and events time the replays: the device's time, not
@@ -54,20 +67,20 @@ def times_in_ms(run, buffers: int, device: str, seconds: float) -> list[float]:
             end.synchronize()
             times.append(start.elapsed_time(end))
         else:
-            start = time.perf_counter()
+            start = clock()
             run(i % buffers)
-            times.append((time.perf_counter() - start) * 1e3)
+            times.append((clock() - start) * 1e3)
         i += 1
     return times[len(times) // 10:]                                        # in the first, clocks still settle
 
 
-def ceilings(device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+def ceilings(device: str, dtype: torch.dtype, seconds: float, clock=time.perf_counter) -> dict[str, float]:
     """What this machine's library reaches: a large matrix product, and a copy (bytes read plus written)."""
     n, size = (8192, 2 ** 30) if device == "cuda" else (1024, 2 ** 27)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    matmul = statistics.median(times_in_ms(lambda i: a @ b, 1, device, seconds))
+    matmul = statistics.median(times_in_ms(lambda i: a @ b, 1, device, seconds, clock))
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    copy = statistics.median(times_in_ms(lambda i: target.copy_(source), 1, device, seconds))
+    copy = statistics.median(times_in_ms(lambda i: target.copy_(source), 1, device, seconds, clock))
     return {"matmul_tflops": 2 * n ** 3 / matmul / 1e9, "copy_gb_s": 2 * size / copy / 1e6}
 
 
@@ -184,6 +197,286 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------- infer
+
+class Modular(MonoInternVL):
+    """The modular counterpart from the same parts: InternViT-300M (24 layers, 1024 wide, 16 heads, MLP 4096,
+    1025 tokens a tile), pixel shuffle, MLP, and the same LLM without visual experts. Random weights: latency
+    does not depend on them. With fewer layers of the LLM, in proportion, the encoder has fewer as well."""
+
+    def __init__(self, config: MonoInternVLConfig):
+        super().__init__(replace(config, attn_experts=""))
+        for layer in self.language_model.model["layers"]:
+            layer.feed_forward_ve = None
+        self.patches = VisionEmbedding(replace(config, vision_hidden_size=1024))
+        encoder = nn.TransformerEncoderLayer(1024, 16, 4096, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(encoder, config.num_hidden_layers, enable_nested_tensor=False)
+
+    def embed_images(self, pixel_values):
+        x = self.patches(pixel_values)                                     # (n, 1024, 32, 32)
+        class_token = self.patches.class_embedding.expand(len(x), -1, -1)
+        y = self.encoder(torch.cat([class_token, x.flatten(2).mT], 1))[:, 1:]         # (n, 1024, 1024)
+        x = y.mT.unflatten(2, x.shape[2:])
+        # The MLP is that of our model, which is narrower at the reduced size: the first channels go into it.
+        return self.mlp1(pixel_shuffle(x[:, :self.config.vision_hidden_size], self.config.shuffle))
+
+    def route(self, input_ids, attention_mask, has_images):
+        return None                                                        # all is text to this LLM
+
+    def flop(self, tiles: int) -> int:
+        n, layers = 1025, self.config.num_hidden_layers
+        return tiles * layers * (2 * n * 12 * 1024 ** 2 + 4 * n * n * 1024)
+
+
+def prefill_flop(c: MonoInternVLConfig, tokens: int, tiles: int) -> float:
+    """Multiplications and additions up to the first token's logits; one expert a token, causal attention."""
+    patches, dv = (c.image_size // c.patch_size) ** 2, c.vision_hidden_size
+    vision = 2 * patches * c.num_channels * c.patch_size ** 2 * dv
+    vision += 2 * c.tokens_per_tile * c.hidden_size * (dv * c.shuffle ** 2 + c.hidden_size)
+    layer = 2 * tokens * layer_weights(c) + 2 * tokens ** 2 * c.hidden_size
+    return tiles * vision + c.num_hidden_layers * layer + 2 * c.vocab_size * c.hidden_size
+
+
+def layer_weights(c: MonoInternVLConfig) -> int:
+    heads = 2 * (c.num_attention_heads + c.num_key_value_heads)
+    return c.hidden_size * (heads * c.head_dim + 3 * c.intermediate_size)
+
+
+def decode_bytes(c: MonoInternVLConfig, columns: int, batch: int, itemsize: int) -> int:
+    """What one step has to read: the text weights, the head, and the keys and values."""
+    cached = batch * columns * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim
+    return (c.num_hidden_layers * layer_weights(c) + c.vocab_size * c.hidden_size + cached) * itemsize
+
+
+def interleaved(cases: dict, rounds: int, clock) -> dict[tuple, list[float]]:
+    """Seconds of each case in each round. A round runs all of them, so that whatever else the machine does
+    meets all alike."""
+    times = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, run in cases.items():
+            start = clock()
+            run()
+            times[name].append(clock() - start)
+    return times
+
+
+def spread(values: list[float]) -> dict:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"seconds": median, "quartiles": [low, high], "runs": len(values)}
+
+
+def prompt(c: MonoInternVLConfig, tiles: int, batch: int, device: str):
+    """64 text tokens around the visual tokens of so many tiles, and the tiles."""
+    ids = torch.randint(3, c.img_context_token_id, (batch, TEXT_TOKENS + tiles * c.tokens_per_tile))
+    ids[:, TEXT_TOKENS // 2:ids.shape[1] - TEXT_TOKENS // 2] = c.img_context_token_id
+    pixels = torch.randn(batch * tiles, 3, c.image_size, c.image_size) if tiles else None
+    return ids.to(device), None if pixels is None else pixels.to(device)
+
+
+def first_token(model, back_end: str, cache: KVCache, ids, pixels):
+    def run():
+        model.moe, cache.ids = back_end, []        # the cache's memory is used again, not its content
+        next(model.generate(ids, pixels, max_new_tokens=1, kv_cache=cache))
+    return run
+
+
+def decoding(model, mode: str, cache: KVCache, batch: int, columns: int, steps: int):
+    """Greedy decoding as in generate, after a prompt of so many columns (what they hold costs the same)."""
+    weight = model.language_model.output.weight
+
+    def run():
+        model.cuda_graphs, model.compile_decode = "graph" in mode, "compile" in mode
+        cache.reserve(batch, columns + steps, weight.dtype, weight.device)
+        cache.truncate(0)
+        cache.length, cache.written = columns, columns + steps
+        cache.real[:, :columns] = True
+        token = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        for _ in range(steps):
+            token = model.decode(token, cache).argmax(-1)
+            token.tolist()                                                 # the one sync of a step
+    return run
+
+
+@torch.inference_mode()
+def infer(args) -> dict:
+    device, on_gpu, share = args.device, args.device == "cuda", args.layers / 24
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    torch.manual_seed(0)
+    config = MonoInternVLConfig.mono_internvl_1_5_2b(
+        num_hidden_layers=args.layers, img_context_token_id=1000, vocab_size=8 * round(92553 * share / 8),
+        vision_hidden_size=8 * round(1024 * share / 8))
+    result = {"bench": "infer", "hardware": hardware(device), "torch": torch.__version__, "device": device,
+              "layers": args.layers, "parameters": 0, "clock": "CPU time" if args.cpu_time else "wall time",
+              "ceilings": {}, "prefill": [], "decode": [], "text_only": [], "long_cache": []}
+    for dtype in [torch.bfloat16] if on_gpu else [torch.bfloat16, torch.float32]:
+        name, columns = str(dtype).removeprefix("torch."), lambda tiles: TEXT_TOKENS + tiles * TOKENS_PER_TILE
+        limit = result["ceilings"][name] = ceilings(device, dtype, args.seconds, clock)
+        models = {}
+        for kind in (MonoInternVL, Modular):       # empty, then random: nothing is initialised twice
+            with torch.device("meta"):
+                model = kind(config).eval().requires_grad_(False)
+            models[kind] = model.to(dtype).to_empty(device=device)
+            for p in model.parameters():
+                p.normal_(std=0.02)
+        ours, modular = models.values()
+        result["parameters"] = sum(p.numel() for p in ours.parameters())
+        caches = {model: KVCache(config) for model in (ours, modular)}
+
+        # float32 on a CPU: only what the targets are about
+        tiles_of = args.tiles if on_gpu or dtype == torch.bfloat16 else [t for t in args.tiles if t in (2, 7)]
+        check_back_ends(ours, args.back_ends, config, device)
+        for batch in args.batches if on_gpu else [1]:
+            cases = {}
+            for tiles in tiles_of:
+                inputs = prompt(config, tiles, batch, device)
+                for back_end in args.back_ends:
+                    cases[tiles, back_end] = first_token(ours, back_end, caches[ours], *inputs)
+                if dtype == torch.bfloat16:
+                    cases[tiles, "modular"] = first_token(modular, "torch", caches[modular], *inputs)
+            for (tiles, _), run in cases.items():
+                if tiles == tiles_of[0]:
+                    run()                                                  # warms up
+            for (tiles, back_end), seconds in interleaved(cases, args.rounds, clock).items():
+                flop = prefill_flop(config, columns(tiles), tiles)
+                flop = batch * (flop + modular.flop(tiles) * (back_end == "modular"))
+                row = {"dtype": name, "batch": batch, "tiles": tiles, "tokens": columns(tiles),
+                       "back_end": back_end, **spread(seconds), "floor": flop / limit["matmul_tflops"] / 1e12}
+                result["prefill"].append(row)
+                print(f"{name} first token, batch {batch}, {tiles:2} tiles, {back_end:8}{row['seconds']:9.4f}"
+                      f" s ({row['floor'] / row['seconds']:.0%} of its floor)", flush=True)
+        for tokens in (64, 256):
+            ids = torch.randint(3, 1000, (1, tokens), device=device)
+            times = interleaved({kind: first_token(models[kind], "torch", caches[models[kind]], ids, None)
+                                 for kind in models}, 3 * args.rounds, clock)
+            row = {"dtype": name, "tokens": tokens, "seconds": statistics.median(times[MonoInternVL]),
+                   "plain_llm": statistics.median(times[Modular])}
+            result["text_only"].append(row)
+            print(f"{name} {tokens} text tokens: {row['plain_llm'] / row['seconds']:.3f} × the plain LLM's "
+                  "speed", flush=True)
+
+        modes = ["plain"] + ["graph", "graph + compile"] * on_gpu + ["compile"] * args.compile
+        for batch in args.batches:
+            cases = {(tiles, mode): decoding(ours, mode, caches[ours], batch, columns(tiles), args.steps)
+                     for tiles in tiles_of for mode in modes}
+            for (tiles, _), run in cases.items():
+                if tiles == tiles_of[0] or on_gpu:
+                    run()                                                  # captures, compiles
+            for (tiles, mode), seconds in interleaved(cases, 3 * args.rounds, clock).items():
+                read = decode_bytes(config, columns(tiles), batch, dtype.itemsize)
+                row = {"dtype": name, "batch": batch, "tiles": tiles, "columns": columns(tiles), "mode": mode,
+                       **spread([s / args.steps for s in seconds]), "floor": read / limit["copy_gb_s"] / 1e9}
+                result["decode"].append(row)
+                print(f"{name} decoding, batch {batch:2}, {columns(tiles):4} columns, {mode:15}"
+                      f"{batch / row['seconds']:9.2f} tokens/s ({row['floor'] / row['seconds']:.0%} of the "
+                      "floor)", flush=True)
+        result["long_cache"].append(row := {"dtype": name, **long_cache(ours, caches[ours], args, clock)})
+        print(f"{name} decoding at 2000 columns: {row['ratio']:.3f} × the time at 200, attention aside")
+    return result
+
+
+def check_back_ends(model, back_ends, config, device):
+    """Speed counts only where the answer is right."""
+    ids, pixels = prompt(config, 1, 1, device)
+    logits = {}
+    for model.moe in ("dense", *back_ends):
+        logits[model.moe] = model(ids, pixels)[0].double()
+    for back_end, got in logits.items():
+        error = ((got - logits["dense"]).norm() / logits["dense"].norm()).item()
+        if not error < (1e-4 if model.language_model.output.weight.dtype == torch.float32 else 0.05):
+            raise SystemExit(f"{back_end} is wrong: error {error:.1e}")
+
+
+def long_cache(model, cache: KVCache, args, clock) -> dict:
+    """A step at 2,000 cached tokens against one at 200, without what attention itself takes in both."""
+    c, mode = model.config, "graph" if args.device == "cuda" else "plain"
+    weight, cases = model.language_model.output.weight, {}
+    for n in (200, 2000):
+        cases[n, "step"] = decoding(model, mode, cache, 1, n, args.steps)
+        visible = -(-n // cache.BLOCK) * cache.BLOCK
+        q, k = (torch.randn(1, c.num_key_value_heads, m, c.head_dim, dtype=weight.dtype, device=weight.device)
+                for m in (c.num_attention_heads // c.num_key_value_heads, visible))
+        mask = torch.ones(1, 1, 1, visible, dtype=torch.bool, device=weight.device)
+
+        def attention(q=q, k=k, mask=mask):
+            for _ in range(args.steps * c.num_hidden_layers):
+                nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+            torch.cuda.synchronize() if q.is_cuda else None
+        cases[n, "attention"] = attention
+    for run in cases.values():
+        run()
+    times = {case: statistics.median(t) for case, t in interleaved(cases, 3 * args.rounds, clock).items()}
+    rest = {n: times[n, "step"] - times[n, "attention"] for n in (200, 2000)}
+    return {"step_200": times[200, "step"] / args.steps, "step_2000": times[2000, "step"] / args.steps,
+            "attention_200": times[200, "attention"] / args.steps,
+            "attention_2000": times[2000, "attention"] / args.steps, "ratio": rest[2000] / rest[200]}
+
+
+def infer_markdown(result: dict) -> str:
+    """The README's tables: medians, quartiles in brackets; floor: the share of it that was reached."""
+    def cell(r, scale):
+        if r is None:
+            return "–"
+        low, median, high = (f"{scale * t:.{3 if scale == 1 else 2}f}" for t in (
+            r["quartiles"][0], r["seconds"], r["quartiles"][1]))
+        return f"{median} ({low}–{high})"
+
+    def table(rows, column, unit, more, scale):
+        """A line for each dtype, batch and number of tiles, a column for each value of `column`."""
+        names, groups = list(dict.fromkeys(r[column] for r in rows)), {}
+        for r in rows:
+            groups.setdefault((r["dtype"], r["batch"], r["tiles"]), {})[r[column]] = r
+        titles = ["dtype", "batch", "tiles", *(f"{name}, {unit}" for name in names), *more]
+        lines = [[*key, *(cell(group.get(name), scale) for name in names), *(f(group) for f in more.values())]
+                 for key, group in groups.items()]
+        return [f"| {' | '.join(map(str, line))} |" for line in [titles, ["---"] * len(titles), *lines]]
+
+    def best(group):
+        return min((r for n, r in group.items() if n not in ("dense", "modular")), key=lambda r: r["seconds"])
+
+    def floor(group):
+        return f"{best(group)['floor'] / best(group)['seconds']:.0%}"
+    return "\n".join([
+        f"{result['hardware']}; torch {result['torch']}; {result['layers']} of 24 layers of full width "
+        f"({result['parameters'] / 1e6:.0f} M parameters), {result['clock']}.", "",
+        *table(result["prefill"], "back_end", "s", {
+            "dense / torch": lambda g: f"{g['dense']['seconds'] / g['torch']['seconds']:.2f}",
+            "less than modular": lambda g: "–" if "modular" not in g else
+            f"{1 - best(g)['seconds'] / g['modular']['seconds']:.0%}",
+            "floor": floor}, 1), "",
+        *table(result["decode"], "mode", "ms a step", {
+            "tokens/s": lambda g: f"{best(g)['batch'] / best(g)['seconds']:.1f}", "floor": floor}, 1e3), "",
+        *[f"Text alone, {r['dtype']}, {r['tokens']} tokens: {r['plain_llm'] / r['seconds']:.3f} × the speed "
+          "of the plain LLM." for r in result["text_only"]],
+        *[f"A step at 2,000 cached tokens, {r['dtype']}: {r['ratio']:.2f} × one at 200, attention's own part "
+          "aside." for r in result["long_cache"]]])
+
+
+def plot_infer(result: dict, path: str):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    dtype = result["prefill"][0]["dtype"]
+    for axes, rows, line, value in (
+            (left, result["prefill"], "back_end", lambda r: r["seconds"]),
+            (right, result["decode"], "mode", lambda r: r["batch"] / r["seconds"])):
+        rows = [r for r in rows if r["dtype"] == dtype]
+        for key in dict.fromkeys((r[line], r["batch"]) for r in rows):
+            points = [r for r in rows if (r[line], r["batch"]) == key]
+            x, y = [r["tiles"] for r in points], [value(r) for r in points]
+            shown, = axes.plot(x, y, "o-", label=f"{key[0]}, batch {key[1]}")
+            if axes is right:
+                axes.plot(x, [r["batch"] / r["floor"] for r in points], ":", color=shown.get_color())
+        axes.set(xlabel="tiles of 256 visual tokens, and 64 text tokens", ylim=(0, None))
+        axes.legend()
+    left.set(title="time to first token", ylabel="seconds")
+    right.set(title="decoding (dotted: what the copy bandwidth allows)", ylabel="tokens a second",
+              yscale="log", ylim=(1, None))
+    figure.suptitle(f"{result['hardware']}, {dtype}, {result['layers']} of 24 layers", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,8 +494,28 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=1.0, help="how long to repeat each measurement")
     p.add_argument("--json", metavar="FILE", help="also write the result here")
     p.add_argument("--markdown", action="store_true", help="also print the README's table")
+    p = commands.add_parser("infer", help="time to first token and decoding rate of whole models",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.set_defaults(run=infer, table=infer_markdown)
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
+    p.add_argument("--layers", type=int, default=24 if on_gpu else 1,
+                   help="of full width; vocabulary, vision embedding and encoder in proportion")
+    p.add_argument("--tiles", type=int, nargs="+", default=[1, 2, 4, 7, 13])
+    p.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="on a CPU: of decoding only")
+    p.add_argument("--back-ends", nargs="+", default=["dense", "torch"] + ["cuda"] * on_gpu)
+    p.add_argument("--compile", action="store_true", help="also torch.compile without graphs")
+    p.add_argument("--steps", type=int, default=64 if on_gpu else 8, help="tokens of one decoding run")
+    p.add_argument("--rounds", type=int, default=10 if on_gpu else 3)
+    p.add_argument("--cpu-time", action="store_true",
+                   help="the process's own time, not wall time: for one thread on a machine that is shared")
+    p.add_argument("--seconds", type=float, default=1.0, help="how long to measure each ceiling")
+    p.add_argument("--png", metavar="FILE", help="also draw both curves")
+    p.add_argument("--json", metavar="FILE", help="also write the result here")
+    p.add_argument("--markdown", action="store_true", help="also print the README's tables")
     args = parser.parse_args()
     result = args.run(args)
+    if getattr(args, "png", None):
+        plot_infer(result, args.png)
     if args.markdown:
         print(args.table(result))
     if args.json:

@@ -621,9 +621,10 @@ class KVCache:
         fits = self.keys is not None and (self.keys.dtype, self.keys.device) == (dtype, torch.device(device))
         if fits and rows <= len(self.real) and columns <= self.real.shape[1]:
             return
-        if fits:                                   # the next turn will need more still
-            rows = max(rows, len(self.real))
-            columns = max(columns, min(2 * self.real.shape[1], c.context_length))
+        if fits:
+            rows, width = max(rows, len(self.real)), self.real.shape[1]
+            # the next turn will need more still
+            columns = max(columns, min(2 * width, c.context_length)) if columns > width else width
         else:
             self.length = self.written = 0
         columns = -(-columns // self.BLOCK) * self.BLOCK
