@@ -317,7 +317,7 @@ def infer(args) -> dict:
                 model = kind(config).eval().requires_grad_(False)
             models[kind] = model.to(dtype).to_empty(device=device)
             for p in model.parameters():
-                p.normal_(std=0.02)
+                p.normal_(std=0.02) if p.ndim > 1 else p.fill_(1)
         ours, modular = models.values()
         result["parameters"] = sum(p.numel() for p in ours.parameters())
         caches = {model: KVCache(config) for model in (ours, modular)}

@@ -1010,6 +1010,8 @@ class MonoInternVL(nn.Module):
                 ("top_p", top_p, top_p is None or 0 < top_p <= 1, "None or above 0 and at most 1"),
                 ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0"),
                 ("eos_token_id", eos_token_id, all(type(e) is int for e in ends), "None, an id or ids"),
+                ("seed", seed, seed is None or isinstance(seed, int) or len(seed) == B,
+                 "None, a number, or one for each row"),
                 ("prefill_chunk", prefill_chunk, chunk >= 1, "None or at least 1")):
             if not fits:
                 raise InputError(f"{name} is {value}, expected {expected}")
@@ -1181,17 +1183,18 @@ def compiled(function):
     return torch.compile(function, fullgraph=True)
 
 
-def capture(step, inputs, pool):
+def capture(step, inputs: tuple, pool):
     """step(*inputs) as a CUDA graph, and its result: one tensor, which every replay fills anew. Graphs that
     never run at the same time may share a pool of memory."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(*inputs)                              # libraries choose their kernels before the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = step(*inputs)
+    with torch.cuda.device(inputs[1].device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(*inputs)                          # libraries choose their kernels before the capture
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = step(*inputs)
     return graph, result
 
 

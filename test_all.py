@@ -47,6 +47,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import bench
 import data
 import mono_internvl
 import sample
@@ -894,7 +895,8 @@ def test_generation_ends_with_the_context_and_a_prompt_that_fills_it_is_refused(
 @pytest.mark.parametrize("option", [
     dict(top_k=0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(top_p=math.nan),
     dict(temperature=-1.0), dict(temperature=math.nan), dict(repetition_penalty=0.0),
-    dict(max_new_tokens=-1), dict(prefill_chunk=0), dict(eos_token_id="2"), dict(eos_token_id=[2, None])])
+    dict(max_new_tokens=-1), dict(prefill_chunk=0), dict(eos_token_id="2"), dict(eos_token_id=[2, None]),
+    dict(seed=[1])])
 def test_a_sampling_value_out_of_range_is_named(option):
     with pytest.raises(InputError, match=f"{next(iter(option))} is "):
         stream(tiny(), PROMPTS, **{"max_new_tokens": 2, **option})
@@ -2305,6 +2307,51 @@ def test_a_chat_works_through_pipes_in_any_locale(checkpoint):
 def test_the_script_ends_without_a_traceback_on_bad_input(checkpoint):
     bad = run_sample("--model", checkpoint, "--image", "none.png", "--prompt", "hi", text=True)
     assert (bad.returncode, bad.stdout, bad.stderr) == (1, "", "error: the image none.png does not exist\n")
+
+
+# ---------------------------------------------------------------- bench.py infer
+
+def narrow(**changes) -> MonoInternVLConfig:
+    """What bench.py measures, but narrow: 56-pixel tiles of 4 tokens."""
+    return replace(MonoInternVLConfig.mono_internvl_2b(attn_experts="qkvo"), **{
+        **changes, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "image_size": 56})
+
+
+def test_the_modular_counterpart_is_an_encoder_before_the_same_llm():
+    config = narrow(num_hidden_layers=2, vocab_size=1100, img_context_token_id=1000, vision_hidden_size=16)
+    with torch.device("meta"):
+        full = bench.Modular(MonoInternVLConfig.mono_internvl_2b(img_context_token_id=1000))
+        ours = MonoInternVL(MonoInternVLConfig.mono_internvl_1_5_2b())
+    assert 300e6 < sum(p.numel() for p in full.encoder.parameters()) < 310e6
+    plain = {n: p.shape for n, p in ours.language_model.named_parameters() if "_ve." not in n}
+    assert plain == {n: p.shape for n, p in full.language_model.named_parameters()}
+    ours, modular = MonoInternVL(config), bench.Modular(config).eval()
+    modular.language_model.load_state_dict(ours.language_model.state_dict(), strict=False)
+    assert_close(modular(PROMPTS)[0], ours(PROMPTS)[0])
+    seen = []
+    record(modular.encoder, seen)
+    assert modular.embed_images(torch.randn(3, 3, 56, 56)).shape == (3, config.tokens_per_tile, 64)
+    assert seen[0].shape == (3, 4 * config.tokens_per_tile + 1, 1024)      # patches, and a class token
+
+
+def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
+    monkeypatch.setattr(bench, "TOKENS_PER_TILE", 4)
+    flags = "--layers 1 --tiles 1 2 --rounds 2 --steps 1 --batches 1 2 --seconds 0 --cpu-time --markdown"
+    files = ["--json", f"{tmp_path}/a.json", "--png", f"{tmp_path}/a.png"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "infer", *flags.split(), *files])
+    bench.main()
+    result, out = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
+    combinations = {(r["dtype"], r["tiles"], r["back_end"]) for r in result["prefill"]}
+    assert combinations == {*itertools.product(["bfloat16"], [1, 2], ["dense", "torch", "modular"]),
+                            ("float32", 2, "dense"), ("float32", 2, "torch")}
+    assert {(r["dtype"], r["batch"], r["columns"]) for r in result["decode"]} == {
+        *itertools.product(["bfloat16"], [1, 2], [68, 72]), ("float32", 1, 72), ("float32", 2, 72)}
+    for row in result["prefill"] + result["decode"]:
+        assert 0 < row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1] and row["floor"] > 0
+    tables = [line for line in out.splitlines() if line.startswith("| ")]
+    assert len(tables) == 2 * 2 + 3 + 6 and min(Image.open(tmp_path / "a.png").size) > 300
 
 
 # ---------------------------------------------------------------- the kernel: references and the checks
