@@ -21,6 +21,7 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -3057,6 +3058,158 @@ def test_the_hash_is_of_the_code_and_of_nothing_else():
     assert source_hash(notebook) == before
     cells[2].source += "\n"
     assert source_hash(notebook) != before
+
+
+# ---------------------------------------------------------------- the README
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+PROSE = re.sub(r"```.*?```", "", README, flags=re.S)
+SHORT = {"train_evip.py": "--steps=1 --batch_size=2 --eval_questions=1", "sample.py": "--max_new_tokens=2",
+         "bench.py": "--seconds=0 --image-tiles 0"}
+
+
+def commands_of(readme: str) -> list[str]:
+    """The lines of its bash blocks and what the running text quotes, without comments and pip install."""
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", readme, re.S) for line in block.splitlines()]
+    lines += re.findall(r"`((?:python|torchrun) [^`]+)`", re.sub(r"```.*?```", "", readme, flags=re.S))
+    lines = [" ".join(re.sub(r"\s+#.*", "", line).split()) for line in lines]
+    lines = [line.removeprefix("pip install -r requirements.txt && ") for line in lines]
+    return list(dict.fromkeys(filter(None, lines)))
+
+
+def code_below(heading: str, language: str = "python") -> str:
+    """The first code block after a bold heading or a section's title."""
+    return re.search(rf"{re.escape(heading)}.*?```{language}\n(.*?)```", README, re.S)[1]
+
+
+@pytest.fixture
+def newcomer(short_run, tmp_path, monkeypatch):
+    """A folder where the README's commands find what they name: a run, data and a checkpoint of one's own."""
+    (tmp_path / "out").mkdir()
+    shutil.copytree(short_run, tmp_path / "out" / "evip++")
+    shutil.copytree(short_run / "S2", tmp_path / "Mono-InternVL-2B")       # stands in for the official one
+    shutil.copytree(short_run / "S1.3", tmp_path / "FOLDER")
+    (tmp_path / "assets").symlink_to(HERE / "assets")
+    shutil.copy(PICTURE, tmp_path / "photo.jpg")
+    write_conversations(tmp_path, 0, 4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", commands_of(README))
+def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd):
+    words = shlex.split(command)
+    if words[:3] == ["python", "-m", "pytest"]:             # these tests themselves
+        assert words[-1] == Path(__file__).name and set(words[3:-1]) <= {"-q", "-m", "gpu"}
+    elif words[:2] == ["python", "notebooks/execute.py"]:    # all notebooks are run by it, above
+        assert all(name in NOTEBOOKS for name in words[2:])
+    elif words[:2] == ["python", "-c"]:
+        code = words[2].replace(" 300,", " 1,")
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    else:
+        assert words[0] == "python", f"no test knows how to run {command!r}"
+        module = {"train_evip.py": train_evip, "sample.py": sample, "bench.py": bench}[words[1]]
+        options = SHORT[words[1]].split()
+        if "--ablation" in words:
+            monkeypatch.setattr(train_evip, "VARIANTS", dict(list(train_evip.VARIANTS.items())[:1]))
+        monkeypatch.setattr(sys, "argv", [*words[1:], *options])
+        assert not module.main(), capfd.readouterr().err
+
+
+def test_every_file_that_the_readme_names_exists():
+    yours = {"meta.json", "lines.jsonl", "log.jsonl", "loss.png", "predictions.png", "results.json",
+             "config.json", "tokenizer.model", "photo.jpg"}
+    made = {"out/", "out/evip++/"}
+    linked = re.findall(r"\]\((?!http|#)([^)#]+)\)", README)
+    endings = "py|cu|h|json|jsonl|png|npz|ipynb|md|txt|model|jpg"
+    named = re.findall(rf"`([\w./+-]+(?:\.(?:{endings})|/))`", PROSE)
+    assert len(named) > 10
+    for name in {*linked, *named} - yours - made:
+        assert (HERE / name).exists(), name
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+               for title in re.findall(r"^#+ (.*)", README, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+    assert len(re.findall("^pip install", README, re.M)) == 2              # what .ci/run runs
+
+
+def test_tables_of_the_readme_are_the_committed_measurements():
+    def rows_below(header):
+        table = README[README.index(header):].split("\n\n")[0].splitlines()[2:]
+        return [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+    runs = [json.loads((HERE / f"assets/results_seed{seed}.json").read_text())["tasks"] for seed in (0, 1)]
+    for task, first, second, blank, chance in rows_below("| task | seed 0 |"):
+        expected = (runs[0][task]["accuracy"], runs[1][task]["accuracy"], runs[0][task]["blank"],
+                    runs[0][task]["chance"])
+        assert [first, second, blank, chance] == [f"{value:.0%}" for value in expected], task
+    kernels = json.loads((HERE / "assets/bench_kernels_cpu.json").read_text())
+    lines = [line for line in bench.markdown(kernels).splitlines() if line.startswith("|")]
+    assert "\n".join(lines) in README
+    for stage in train_evip.RECIPES["evip++"]:
+        v1 = next(s for s in train_evip.RECIPES["evip"] if s.name == stage.name)
+        row = [stage.name, stage.goal, stage.trainable, str(stage.max_tiles),
+               f"{stage.steps} · {stage.lr:g} {stage.schedule}", stage.paper, v1.paper]
+        assert row in rows_below("| stage | learns |")
+
+
+def test_the_readme_quotes_errors_that_exist():
+    files = "mono_internvl.py", "data.py", "train_evip.py", "sample.py"
+    sources = "".join((HERE / name).read_text(encoding="utf-8") for name in files)
+    sources = re.sub(r'"\s*\n\s*f?"', "", sources)            # a message may stand in several lines
+    table = README[README.index("| the message says |"):].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 8
+    for row in table:
+        message = re.match(r"\| `([^`]+)`", row)[1]
+        assert message in sources, message
+
+
+@pytest.mark.parametrize("heading", ["An expert type", "A stage", "A dataset"])
+def test_a_recipe_of_the_readme_is_short(heading):
+    assert 3 <= len(code_below(f"**{heading}.**").splitlines()) <= 15
+
+
+def test_the_recipe_for_an_expert_type_makes_one(tmp_path):
+    check = """
+import torch, train_evip
+config = m.MonoInternVLConfig(vocab_size=50, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, vision_hidden_size=6, patch_size=2, image_size=4,
+    img_context_token_id=40)
+model = m.MonoInternVL(config).copy_text_experts()
+names = [name for name, _ in model.named_parameters() if "ffn_norm_ve" in name]
+assert len(names) == 2
+train_evip.select_trainable(model, train_evip.RECIPES["evip++"][1])
+assert all(model.get_parameter(name).requires_grad for name in names)
+ids, pixels = torch.tensor([[1, 40, 2]]), torch.randn(1, 3, 4, 4)
+text, image = model(ids[:, :1])[0], model(ids, pixels)[0]
+model.get_parameter(names[0]).data.mul_(3)
+assert torch.equal(model(ids[:, :1])[0], text) and not torch.equal(model(ids, pixels)[0], image)
+model.save_pretrained("saved")
+saved = m.MonoInternVL.from_pretrained("saved")
+assert all(torch.equal(saved.get_parameter(name), p) for name, p in model.named_parameters())
+"""
+    code = code_below("**An expert type.**") + check
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_recipes_for_a_dataset_and_a_stage_train_on_it(newcomer, monkeypatch):
+    for kind, name in (("digit", "daisy"), ("scene", "rose")):
+        (newcomer / "flowers" / name).mkdir(parents=True)
+        for i in range(2):
+            data.make_picture(random.Random(i), kind).image.save(newcomer / "flowers" / name / f"{i}.jpg")
+    exec(code_below("**A dataset.**"), {})
+    tok = Tokenizer(newcomer / "out/evip++/S2")
+    config = MonoInternVLConfig.from_json(newcomer / "out/evip++/S2/config.json")
+    samples = load_meta("meta.json", tok, config)
+    assert len(samples) == 4
+    learned = [tok.decode(s["labels"][s["labels"] != IGNORED].tolist()) for s in samples]
+    assert learned == ["daisy", "daisy", "rose", "rose"]
+    monkeypatch.setitem(train_evip.RECIPES, "evip++", train_evip.RECIPES["evip++"])     # comes back later
+    main = train_evip.main
+    monkeypatch.setattr(train_evip, "main", lambda argv: main([*argv, "--steps=2", "--batch_size=2"]))
+    exec(code_below("**A stage.**"), {})
+    assert MonoInternVL.from_pretrained(newcomer / "out/evip++/S3")
 
 
 # ---------------------------------------------------------------- training
