@@ -638,7 +638,7 @@ class KVCache:
             self.real[:len(old[2]), :self.length] = old[2][:, :self.length]
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)    # what a captured step reads
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
-        self.graphs = {}                           # (rows, visible) -> CUDA graph, its logits
+        self.graphs = {}                           # (step, rows, visible) -> CUDA graph, its logits
         self.pool = torch.cuda.graph_pool_handle() if self.column.is_cuda else None
 
     def truncate(self, length: int) -> None:
@@ -971,9 +971,9 @@ class MonoInternVL(nn.Module):
         step = compiled(MonoInternVL.decode_step) if self.compile_decode else MonoInternVL.decode_step
         inputs = self, kv_cache.token[:rows], kv_cache, visible
         if token.is_cuda and self.cuda_graphs:
-            if (rows, visible) not in kv_cache.graphs:
-                kv_cache.graphs[rows, visible] = capture(step, inputs, kv_cache.pool)
-            graph, logits = kv_cache.graphs[rows, visible]
+            if (step, rows, visible) not in kv_cache.graphs:
+                kv_cache.graphs[step, rows, visible] = capture(step, inputs, kv_cache.pool)
+            graph, logits = kv_cache.graphs[step, rows, visible]
             graph.replay()
         else:
             logits = step(*inputs)
