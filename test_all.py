@@ -46,6 +46,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 import bench
@@ -3216,7 +3217,8 @@ def test_the_recipes_for_a_dataset_and_a_stage_train_on_it(newcomer, monkeypatch
 
 def tiny_flags(**changes) -> train_evip.Flags:
     values = {"device": "cpu", "batch_size": 4, "grad_accum": 1, "dtype": "float32", **changes}
-    return parse_flags(train_evip.Flags, [f"--{name}={value}" for name, value in values.items()])
+    return parse_flags(train_evip.Flags, [f"--{name}" if value is True else f"--{name}={value}"
+                                          for name, value in values.items()])
 
 
 def stage_of(name: str, recipe="evip++", **changes) -> train_evip.Stage:
@@ -3554,6 +3556,15 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batch(lessons, tmp_p
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         assert {id(p) for p in optimizers[0].state} == trained and len(trained) == 19
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+        states = optimizers[0].state.values()
+        held = {"weights": model.parameters(),
+                "optimizer": (state[moment] for state in states for moment in ("exp_avg", "exp_avg_sq"))}
+        with torch.device("meta"):
+            plan = train_evip.memory_plan(MonoInternVL(model.config), *rest[1:3])
+        for part, tensors in held.items():
+            own = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+            everyones = train_evip.add_up(own)[0] / train_evip.world()
+            assert everyones == plan[part], (part, everyones, plan)
         return finished
 
     monkeypatch.setattr(train_evip, "train_stage", inspected)
@@ -3629,3 +3640,143 @@ def test_an_interrupted_run_goes_on_only_with_its_own_flags_and_a_finished_one_s
     assert train(tmp_path / "out", *flags, "--resume=never") == [0]
     assert contents(tmp_path / "out" / "S2") == once
     assert said.read_text().count("it goes on") == 1
+
+
+@pytest.mark.parametrize("stage, dtype", [("S1.2", "float32"), ("S1.2", "bfloat16"), ("S2", "float32")])
+def test_the_predicted_activations_are_what_the_layers_keep(stage, dtype):
+    c = MonoInternVLConfig(vocab_size=500, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+                           num_attention_heads=4, num_key_value_heads=2, vision_hidden_size=32, patch_size=8,
+                           image_size=64, img_context_token_id=499, attn_experts="qkvo")
+    model, stage = MonoInternVL(c), stage_of(stage, max_tiles=3)
+    flags = tiny_flags(batch_size=2, max_tokens=192, dtype=dtype)
+    plan = train_evip.memory_plan(model, stage, flags)
+    train_evip.hold(model, flags)
+    ids = torch.randint(0, 499, (2, 192))
+    ids[:, 3:3 + 4 * 16] = 499                     # 3 tiles and the thumbnail
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t   # alive, so that no other tensor gets its place
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        model(ids, torch.randn(8, 3, 64, 64), labels=ids.where(ids != 499, IGNORED))
+    measured = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+    assert 0.85 < (plan["activations"] + plan["copies"]) / measured < 1.15
+
+
+def test_a_dry_run_tells_what_would_happen_and_writes_nothing(lessons, tmp_path, capsys):
+    flags = ["--dry_run", f"--out={tmp_path / 'out'}"]
+    assert train_evip.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "S1.1  concepts, from noisy alt texts" in said and "optimizer 0.00" in said
+    assert "»" in said and "<|im_start|>user" in said
+    assert train_evip.main([*flags, f"--data={lessons}/meta.json", f"--init_from={lessons}/model", "--stages",
+                            "S2", "--pack", "--max_tokens=128"]) == 0
+    said = capsys.readouterr().out
+    assert "<img><IMG_CONTEXT>×9</img>\nWhat is this?" in said and "»a small red ring." in said
+    # the real thing, from its config alone: 1.27 B parameters learn in S1.1
+    (tmp_path / "2b").mkdir()
+    (tmp_path / "2b" / "config.json").write_text(MonoInternVLConfig.mono_internvl_1_5_2b(
+        img_context_token_id=92546).to_json())
+    for path in (lessons / "model").glob("*token*"):
+        shutil.copy(path, tmp_path / "2b")
+    assert train_evip.main([*flags, f"--data={lessons}/meta.json", f"--init_from={tmp_path / '2b'}",
+                            "--preset=2b", "--dtype=bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"S1.1 +concepts.* visual +4 +122000 +2048 ", said)
+    assert re.search(r"S1.1 +1524.20 M train: weights 9.875, gradients 6.097, optimizer 12.194", said)
+    assert not (tmp_path / "out").exists()
+
+
+def language_model(folder: Path, world_tok, kind: str) -> Path:
+    """A small LLM folder with a sentencepiece tokenizer that knows no chat and no images."""
+    folder.mkdir()
+    shutil.copy(world_tok.folder / "tokenizer.model", folder)
+    size = len(world_tok.sp)
+    if kind == "llama":
+        source = GOLDEN / "llama_tiny"
+        weights = load_file(source / "model.safetensors")
+        config = json.loads((source / "config.json").read_text())
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = torch.randn(size, 32)
+    else:
+        write_llm(folder)
+        weights = load_file(folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        for name in ("model.tok_embeddings.weight", "output.weight"):
+            weights[name] = torch.randn(size, 32)
+    save_file(weights, folder / "model.safetensors")
+    config |= {"vocab_size": size, "max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind, recipe", [("llama", "evip++"), ("internlm2", "evip")])
+def test_training_starts_from_a_language_model_whose_tokenizer_gets_image_tokens(world_tok, tmp_path, capsys,
+                                                                                 kind, recipe):
+    llm = language_model(tmp_path / "llm", world_tok, kind)
+    data.make_picture(random.Random(0), "scene").image.save(tmp_path / "scene.png")
+    line = {"id": 0, "image": "scene.png", "conversations": data.turns("<image>", "a ring.")}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(line))
+    (tmp_path / "meta.json").write_text(json.dumps({"mine": {"root": ".", "annotation": "lines.jsonl"}}))
+    flags = [f"--data={tmp_path}/meta.json", f"--init_from={llm}", f"--recipe={recipe}", "--stages=S1.1",
+             "--steps=1", "--batch_size=1", "--grad_accum=1", f"--out={tmp_path}/out", "--device=cpu"]
+    assert train_evip.main(flags) == 0
+    said, size = capsys.readouterr().out, len(world_tok.sp)
+    assert "gets <|im_end|>, <|im_start|>, <img>, </img>, <IMG" in said and f"ids from {size} on" in said
+    assert "bitwise equal: text logits True" in said
+    model = MonoInternVL.from_pretrained(tmp_path / "out" / "S1.1")
+    tok = Tokenizer(tmp_path / "out" / "S1.1")
+    assert model.config.img_context_token_id == tok.token_id("<IMG_CONTEXT>") == size + 4
+    assert model.config.attn_experts == ("qkvo" if recipe == "evip++" else "")
+    embeddings = model.language_model.model["tok_embeddings"].weight
+    assert len(embeddings) == model.config.vocab_size == len(tok) == size + 11
+    assert_close(embeddings[size:], embeddings[:size].mean(0).expand(11, -1))
+    (llm / "tokenizer.model").rename(llm / "tokenizer.json")
+    assert train_evip.main([*flags, "--resume=never"]) == 1
+    assert "tokenizer.json only" in capsys.readouterr().err
+
+
+def test_compiled_layers_have_the_loss_and_gradients_of_the_others(monkeypatch):
+    compile_ = torch.nn.Module.compile             # dynamo alone: the C++ compiler takes minutes
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compile_(self, backend="eager", **o))
+    ids, pixels, mask = batch_of([[False, True, False, False, True], [False] * 3], "right")
+    plain, compiled = (train_evip.distribute(tiny(num_hidden_layers=1), tiny_flags(**flags))
+                       for flags in ({}, {"compile": True}))
+    assert plain.language_model.model.layers[0]._compiled_call_impl is None
+    assert compiled.language_model.model.layers[0]._compiled_call_impl is not None
+    losses = [m(ids, pixels, mask, ids.where(mask == 1, IGNORED))[1] for m in (plain, compiled)]
+    assert_close(losses[1], losses[0])
+    expected, actual = (gradients(m, loss) for m, loss in zip((plain, compiled), losses, strict=True))
+    for name in expected:
+        assert_close(actual[name], expected[name])
+
+
+def test_torchrun_starts_it(lessons, tmp_path):
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                          "train_evip.py", f"--data={lessons}/meta.json", f"--init_from={lessons}/model",
+                          "--stages=S2", "--steps=2", f"--out={tmp_path}", "--device=cpu"],
+                         cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert "2 process(es), cpu" in run.stdout and run.stdout.count("holds") == 0
+    assert re.search(r"S2 .* 2 +16 +1e-03", run.stdout)                    # the table's batch, in halves
+    assert [step for _, step, *_ in steps_logged(tmp_path)] == [0, 1]
+    assert MonoInternVL.from_pretrained(tmp_path / "S2")
+
+
+def test_the_presets_have_the_papers_and_the_official_scripts_figures():
+    real, sft = train_evip.PRESETS["2b"], train_evip.PRESETS["llava_sft"]
+    for stages in real.values():
+        assert [s.name for s in stages] == ["S1.1", "S1.2", "S1.3", "S2"]
+        assert [s.max_tiles for s in stages] == [4, 6, 12, 24]
+        assert [s.trainable for s in stages] == ["visual", "visual", "visual + attention", "all"]
+        assert all(s.max_tokens > 256 * (s.max_tiles + 1) for s in stages)
+    seen = {recipe: sum(s.steps * s.batch for s in stages[:3]) for recipe, stages in real.items()}
+    assert seen == pytest.approx({"evip": 1323e6, "evip++": 550e6}, rel=0.01)
+    for stage, in sft.values():
+        flags = parse_flags(train_evip.Flags, [])
+        assert (stage.lr, stage.schedule, stage.batch, stage.max_tokens, stage.max_tiles, flags.warmup,
+                flags.weight_decay) == (4e-5, "cosine", 128, 2048, 6, 0.03, 0.01)
+        assert stage.steps * stage.batch == pytest.approx(665298, rel=1e-3)                # one epoch

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 import zlib
 from collections import defaultdict
 from contextlib import nullcontext
@@ -65,6 +66,8 @@ from data import (
     turns,
 )
 from mono_internvl import InputError, MonoInternVL, MonoInternVLConfig, read_json
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")      # a single process is what is meant
 
 # ---------------------------------------------------------------- the recipes
 
@@ -595,8 +598,8 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
 # ---------------------------------------------------------------- before a long run: what fits into memory
 
 def memory_plan(model: MonoInternVL, stage: Stage, flags: Flags) -> dict[str, float]:
-    """Bytes on one device, by part, at most. What follows from the parameters is exact; activations are
-    counted by hand for the longest batch (an estimate). The model may be on the meta device."""
+    """Bytes on one device, by part, for the longest batch. What follows from the parameters is exact; what
+    the layers keep for the backward pass is counted by hand. The model may be on the meta device."""
     c, (batch_size, accum) = model.config, batch_plan(model, stage, flags)
     select_trainable(model, stage)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -604,22 +607,24 @@ def memory_plan(model: MonoInternVL, stage: Stage, flags: Flags) -> dict[str, fl
     wide, sharded = getattr(torch, flags.dtype).itemsize, is_sharded(model, flags)
     share = world() if sharded else 1
     plan = {"weights": (4 * trained + wide * frozen) / share, "gradients": 4 * trained / share,
-            "optimizer": 8 * trained / share}
+            "optimizer": 8 * trained / share, "copies": wide * trained * (wide < 4)}      # autocast's
     if sharded:        # two layers put together, and all outside of layers; gradients that wait for the last
         layers = model.language_model.model.layers
         layer = sum(p.numel() for p in layers[0].parameters())
-        plan["gathered"] = wide * (trained + frozen - (len(layers) - 2) * layer) + 4 * trained * (accum > 1)
-    # Kept per token and layer: both norms' float32 inputs; q, k, v, and what goes into each product.
-    T = token_limit(model, stage, flags)
-    kv = c.num_key_value_heads * c.head_dim
-    layer = 8 * c.hidden_size + wide * (5 * c.hidden_size + 2 * kv + 4 * c.intermediate_size)
-    layers = (wide * c.hidden_size * c.num_hidden_layers + layer
-              if flags.recompute == "on" or flags.recompute == "auto" and is_big(model)
-              else layer * c.num_hidden_layers)
-    visual = min(T, (stage.max_tiles + 1) * c.tokens_per_tile)
+        plan["copies"] = wide * (trained + frozen - (len(layers) - 2) * layer) + 4 * trained * (accum > 1)
+    T, D, F = token_limit(model, stage, flags), c.hidden_size, c.intermediate_size
+    kv, visual = c.num_key_value_heads * c.head_dim, min(T, (stage.max_tiles + 1) * c.tokens_per_tile)
+    # Every token: the norms' inputs in float32; qkv, q and k turned, the attention's output, three times F.
+    # What learns: the inputs of its four products as well, and if all does, those of the norms' weights.
+    layer = T * (8 * D + wide * (3 * D + 3 * kv + 3 * F))
+    layer += (visual if stage.trainable == "visual" else T) * wide * (3 * D + F)
+    layer += T * wide * 2 * D * (stage.trainable == "all")
+    layers = c.num_hidden_layers * layer
+    if flags.recompute == "on" or flags.recompute == "auto" and is_big(model):
+        layers = c.num_hidden_layers * T * wide * D + layer
     pixels = c.shuffle ** 2 * (4 * c.num_channels * c.patch_size ** 2 + 6 * wide * c.vision_hidden_size)
-    logits = (wide + 12) * c.vocab_size * max(T - visual, T // 8)
-    return plan | {"activations": batch_size * (T * layers + visual * pixels + logits)}
+    logits = (wide + 8) * c.vocab_size * max(T - visual, T // 8)
+    return plan | {"activations": batch_size * (layers + visual * pixels + logits)}
 
 
 def dry_run(model: MonoInternVL, dataset, stages: list[Stage], flags: Flags, tok: Tokenizer):
@@ -637,9 +642,10 @@ def dry_run(model: MonoInternVL, dataset, stages: list[Stage], flags: Flags, tok
                               pack_tokens=limit if flags.pack else None)))
     print(f"\n{stages[0].name}: {accum} × {world()} × {size} rows a step. The first has the shape "
           f"{tuple(batch['input_ids'].shape)}; what is learned stands in »«:")
-    for ids, labels in zip(batch["input_ids"].tolist()[:3], batch["labels"].tolist(), strict=False):
-        text = ""
-        for learned, part in itertools.groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != -100):
+    columns = batch["input_ids"][:3], batch["labels"][:3], sample_numbers(batch)[:3] >= 0
+    for ids, labels, real in zip(*columns, strict=True):
+        text, row = "", zip(ids[real].tolist(), labels[real].tolist(), strict=True)
+        for learned, part in itertools.groupby(row, lambda pair: pair[1] != -100):
             part = tok.decode([i for i, _ in part], skip_special_tokens=False)
             text += f"»{part}«" if learned else part
         print(re.sub("(<IMG_CONTEXT>)+", lambda run: f"<IMG_CONTEXT>×{len(run[0]) // 13}", text), "\n")
@@ -879,11 +885,11 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path):
                          "run the stages before it, or name a folder with --init_from")
     if read_json(folder / "config.json").get("model_type") in ("internlm2", "llama"):
         tok = add_image_tokens(folder, out / "tokenizer")
-        config = MonoInternVLConfig.from_llm(folder, attn_experts="qkvo" if flags.recipe == "evip++" else "",
-                                             bos_token_id=tok.bos_id, eos_token_id=tok.eos_id,
-                                             pad_token_id=tok.pad_id,
-                                             img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
-        config = replace(config, vocab_size=max(config.vocab_size, len(tok)))
+        config = MonoInternVLConfig.from_llm(
+            folder, attn_experts="qkvo" if flags.recipe == "evip++" else "", bos_token_id=tok.bos_id,
+            eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
+        config = replace(config, vocab_size=max(config.vocab_size, len(tok)),
+                         img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
         return config, tok, lambda: MonoInternVL.from_llm(folder, config, dtype=None)
 
     def build() -> MonoInternVL:
@@ -970,7 +976,8 @@ def run(flags: Flags):
             if flags.data else World(stage.name, tok, config, stage.max_tiles, flags.seed)
 
     with tempfile.TemporaryDirectory() if flags.dry_run else nullcontext(out) as folder:
-        config, tok, _ = origin(flags, (todo or stages)[0], (todo or stages)[0] is stages[0], Path(folder))
+        next_ = (todo or stages)[0]
+        config, tok, build = origin(flags, next_, next_ is stages[0], Path(folder))
         with torch.device("meta"):
             model = MonoInternVL(config)
         counts = model.parameter_counts()
@@ -1004,7 +1011,8 @@ def run(flags: Flags):
     progress["flags"] = progress["flags"] | vars(flags)
     write_progress()
     for stage in todo:
-        config, tok, build = origin(flags, stage, stage is stages[0], out)
+        if stage is not todo[0]:
+            config, tok, build = origin(flags, stage, stage is stages[0], out)
         partial = newest_partial(out / f"{stage.name}.partial")
         model = MonoInternVL.from_pretrained(partial / "model", dtype=None) if partial else build()
         dataset = load_data(stage, tok, config)
