@@ -316,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(Flags, argv, __doc__.split("\n")[0])
     try:
         folder = Path(flags.model) if flags.model else newest_checkpoint()
+        flags.model = str(folder.resolve())
         config, tok = MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder)
         max_tiles = config.max_dynamic_patch if flags.max_tiles is None else flags.max_tiles
 
