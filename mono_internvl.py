@@ -605,7 +605,8 @@ class KVCache:
     columns) bool: False at pads, and beyond length. A layer writes at the columns `write` (T,) and attends
     to the first `visible` ones.
     """
-    BLOCK = 512  # a decoding step sees whole blocks of columns: few shapes, so few CUDA graphs
+    # A decoding step sees whole blocks of columns: few shapes, so few CUDA graphs. A CPU captures nothing.
+    BLOCKS = {"cpu": 32, "cuda": 512}
 
     def __init__(self, config: MonoInternVLConfig):
         self.c, self.length = config, 0
@@ -627,7 +628,8 @@ class KVCache:
             columns = max(columns, min(2 * width, c.context_length)) if columns > width else width
         else:
             self.length = self.written = 0
-        columns = -(-columns // self.BLOCK) * self.BLOCK
+        self.block = self.BLOCKS[torch.device(device).type]
+        columns = -(-columns // self.block) * self.block
         # zeros, as a masked column still takes part in 0 · value: there may be no NaN
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, columns, c.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
@@ -964,7 +966,7 @@ class MonoInternVL(nn.Module):
     def decode(self, token: Tensor, kv_cache: KVCache) -> Tensor:
         """token (B,) on the device -> logits (B, V) of the next, without a device→host sync. On a GPU a step
         is a CUDA graph: one launch in place of hundreds. The next call may overwrite these logits."""
-        rows, visible = len(token), (kv_cache.length // kv_cache.BLOCK + 1) * kv_cache.BLOCK
+        rows, visible = len(token), (kv_cache.length // kv_cache.block + 1) * kv_cache.block
         kv_cache.token[:rows, 0] = token
         kv_cache.column.fill_(kv_cache.length)
         kv_cache.written = kv_cache.length + 1

@@ -613,20 +613,24 @@ def generated(model, ids, *args, **options) -> tuple[list, list[int]]:
     return tokens, [x.shape[1] for x in read]
 
 
+@on_every_device
 @pytest.mark.parametrize("chunk", [None, 2])
-@pytest.mark.parametrize("block", [4, 512])
-def test_turns_that_share_a_cache_equal_one_long_prompt_and_read_only_what_is_new(chunk, block, monkeypatch):
-    monkeypatch.setattr(KVCache, "BLOCK", block)
-    model, tiles = tiny(), torch.randn(5, 3, 4, 4)
+@pytest.mark.parametrize("block", [4, 64])
+def test_turns_that_share_a_cache_equal_one_long_prompt_and_read_only_what_is_new(device, chunk, block,
+                                                                                   monkeypatch):
+    monkeypatch.setattr(KVCache, "BLOCKS", {device: block})
+    model, tiles = tiny().to(device), torch.randn(5, 3, 4, 4, device=device)
     cache, ids, options = KVCache(model.config), [], dict(max_new_tokens=6, prefill_chunk=chunk)
     for turn, n in (([1, 5, IMG, 6, 7], 1), ([8, IMG, IMG, 9, IMG, 10], 4), ([11, 12], 4), ([IMG, 3], 5)):
         ids += turn
-        prompt, pixels = torch.tensor([ids]), tiles[:n]
+        prompt, pixels = torch.tensor([ids], device=device), tiles[:n]
         alone, _ = generated(model, prompt, pixels, **options)
         again, read = generated(model, prompt, pixels, kv_cache=cache, **options)
         assert again == alone
         # after the first turn, the last token of the answer before is new as well: nothing followed it yet
-        assert sum(read) == (5 if n == 1 else len(turn) + 1) + 5
+        if device == "cpu":                        # a replayed step calls no Python
+            assert sum(read) == (5 if n == 1 else len(turn) + 1) + 5
+        assert cache.reused == len(ids) - (5 if n == 1 else len(turn) + 1)
         ids += [token[0] for token in again]
 
 
@@ -686,13 +690,15 @@ def test_cached_keys_are_read_anew_once_dynamic_rope_changes_their_base():
         ids += [token[0] for token in tokens] + [9, 10]
 
 
+@on_every_device
 @settings(max_examples=20)
-@given(visual_rows(min_rows=2, max_rows=4), st.integers(0, 40), st.sampled_from([4, 512]), st.booleans())
-def test_rows_that_end_leave_the_batch_and_change_no_other_row(rows, eos, block, sampled):
-    model, (ids, pixels, mask) = tiny(), batch_of(rows)
+@given(visual_rows(min_rows=2, max_rows=4), st.integers(0, 40), st.sampled_from([4, 64]), st.booleans())
+def test_rows_that_end_leave_the_batch_and_change_no_other_row(device, rows, eos, block, sampled):
+    model, (ids, pixels, mask) = tiny().to(device), batch_of(rows)
+    ids, mask, pixels = ids.to(device), mask.to(device), None if pixels is None else pixels.to(device)
     options = dict(max_new_tokens=8, eos_token_id=eos, temperature=1.5 * sampled)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KVCache, "BLOCK", block)
+        patch.setattr(KVCache, "BLOCKS", {device: block})
         states = []
         hook = record(model.language_model.model["norm"], states)
         together = list(zip(*stream(model, ids, pixels, mask, seed=3, **options), strict=True))
@@ -705,12 +711,13 @@ def test_rows_that_end_leave_the_batch_and_change_no_other_row(rows, eos, block,
         alone = [token[0] for token in alone]
         assert list(together[i]) == alone + [eos] * (len(together[i]) - len(alone))
         lengths.append(len(alone))
-    # after the prefill, a step decodes the rows that go on and no others
-    assert [len(x) for x in states[1:]] == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+    if device == "cpu":                            # after the prefill, a step decodes the rows that go on
+        going_on = [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+        assert [len(x) for x in states[1:]] == going_on
 
 
 def test_compiled_decoding_gives_the_same_tokens(monkeypatch):
-    monkeypatch.setattr(KVCache, "BLOCK", 4)       # 3 sizes of what a step sees
+    monkeypatch.setattr(KVCache, "BLOCKS", {"cpu": 4})       # 3 sizes of what a step sees
     monkeypatch.setattr(mono_internvl, "compiled",
                         functools.cache(lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")))
     model, (ids, _, mask) = tiny(), batch_of([[False] * 4, [False] * 2])
@@ -745,7 +752,7 @@ def test_the_image_token_is_never_generated():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_graphs_give_the_same_tokens_and_a_step_never_waits_for_the_host(device, compile_decode, dtype,
                                                                           monkeypatch):
-    monkeypatch.setattr(KVCache, "BLOCK", 16)      # several graphs
+    monkeypatch.setattr(KVCache, "BLOCKS", {"cuda": 16})      # several graphs
     model = tiny(hidden_size=64, max_position_embeddings=256).to(device, dtype)
     ids, pixels, mask = (t.to(device) for t in batch_of([[False, True, False], [False] * 7, [True, False]]))
     model.cuda_graphs = False
@@ -3066,7 +3073,8 @@ def test_the_hash_is_of_the_code_and_of_nothing_else():
 README = (HERE / "README.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"```.*?```", "", README, flags=re.S)
 SHORT = {"train_evip.py": "--steps=1 --batch_size=2 --eval_questions=1", "sample.py": "--max_new_tokens=2",
-         "bench.py": "--seconds=0 --image-tiles 0"}
+         "bench.py kernels": "--seconds=0 --image-tiles 0",
+         "bench.py infer": "--seconds=0 --layers 1 --tiles 1 --batches 1 --rounds 2 --steps 1"}
 
 
 def commands_of(readme: str) -> list[str]:
@@ -3093,6 +3101,7 @@ def newcomer(short_run, tmp_path, monkeypatch):
     (tmp_path / "assets").symlink_to(HERE / "assets")
     shutil.copy(PICTURE, tmp_path / "photo.jpg")
     write_conversations(tmp_path, 0, 4)
+    (tmp_path / "questions.jsonl").write_text('{"image": "photo.jpg", "question": "What is this?"}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
     return tmp_path
@@ -3111,7 +3120,9 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
     else:
         assert words[0] == "python", f"no test knows how to run {command!r}"
         module = {"train_evip.py": train_evip, "sample.py": sample, "bench.py": bench}[words[1]]
-        options = SHORT[words[1]].split()
+        options = SHORT[" ".join(words[1:3 if words[1] == "bench.py" else 2])].split()
+        if "infer" in words:
+            monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
         if "--ablation" in words:
             monkeypatch.setattr(train_evip, "VARIANTS", dict(list(train_evip.VARIANTS.items())[:1]))
         monkeypatch.setattr(sys, "argv", [*words[1:], *options])
@@ -3119,8 +3130,8 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
 
 
 def test_every_file_that_the_readme_names_exists():
-    yours = {"meta.json", "lines.jsonl", "log.jsonl", "loss.png", "predictions.png", "results.json",
-             "config.json", "tokenizer.model", "photo.jpg", "0001.jpg", "0001.json", "0001.txt"}
+    yours = {"meta.json", "lines.jsonl", "questions.jsonl", "log.jsonl", "loss.png", "predictions.png",
+             "results.json", "config.json", "tokenizer.model", "photo.jpg", "0001.jpg", "0001.json", "0001.txt"}
     made = {"out/", "out/evip++/"}
     linked = re.findall(r"\]\((?!http|#)([^)#]+)\)", README)
     endings = "py|cu|h|json|jsonl|png|npz|ipynb|md|txt|model|jpg"
@@ -3146,6 +3157,8 @@ def test_tables_of_the_readme_are_the_committed_measurements():
     kernels = json.loads((HERE / "assets/bench_kernels_cpu.json").read_text())
     lines = [line for line in bench.markdown(kernels).splitlines() if line.startswith("|")]
     assert "\n".join(lines) in README
+    infer = bench.infer_markdown(json.loads((HERE / "assets/bench_infer_cpu.json").read_text()))
+    assert all(line in README for line in infer.splitlines())
     for stage in train_evip.RECIPES["evip++"]:
         v1 = next(s for s in train_evip.RECIPES["evip"] if s.name == stage.name)
         row = [stage.name, stage.goal, stage.trainable, str(stage.max_tiles),
