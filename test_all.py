@@ -3131,7 +3131,8 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
 
 def test_every_file_that_the_readme_names_exists():
     yours = {"meta.json", "lines.jsonl", "questions.jsonl", "log.jsonl", "loss.png", "predictions.png",
-             "results.json", "config.json", "tokenizer.model", "photo.jpg", "0001.jpg", "0001.json", "0001.txt"}
+             "results.json", "config.json", "tokenizer.model", "photo.jpg", "0001.jpg", "0001.json",
+             "0001.txt"}
     made = {"out/", "out/evip++/"}
     linked = re.findall(r"\]\((?!http|#)([^)#]+)\)", README)
     endings = "py|cu|h|json|jsonl|png|npz|ipynb|md|txt|model|jpg"
