@@ -2,14 +2,17 @@
 
     python bench.py kernels [--json FILE] [--markdown]   the routed feed-forward layer
     python bench.py infer [--json FILE] [--png FILE] [--markdown]    time to first token, decoding rate
+    python bench.py train [--json FILE] [--markdown]     optimizer steps of the tiny model and of full width
 
 A run checks each back end against the dense reference before it times it, prints rows as they come, and ends
 with one line of JSON that names the hardware and the versions; --markdown makes the README's table of it.
 """
 import argparse
 import json
+import math
 import platform
 import statistics
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import train_evip
+from data import World, collate, make_world_tokenizer
 from mono_internvl import (
     FeedForward,
     KVCache,
@@ -476,6 +481,98 @@ def plot_infer(result: dict, path: str):
     figure.savefig(path, dpi=110)
 
 
+# ---------------------------------------------------------------- train
+
+def train_cases(args, folder: Path) -> dict:
+    """{(model, stage): (config, batch)}: 16 samples of the embedded world for the tiny model, prompts with
+    pictures for layers of the 2B model's width; half of the text is learned."""
+    tok, cases = make_world_tokenizer(folder), {}
+    c = train_evip.tiny_config("evip++", tok)
+    for stage in train_evip.RECIPES["evip++"][2::2]:                       # S1.2 and S2
+        samples = [World(stage.name, tok, c)[i] for i in range(stage.batch)]
+        cases["tiny", stage] = c, collate(samples, tok.pad_id)
+        wide = MonoInternVLConfig.mono_internvl_1_5_2b(
+            num_hidden_layers=args.layers, vocab_size=max(1000, 92553 * args.layers // 24),
+            img_context_token_id=999)
+        ids, pixels = prompt(wide, args.tiles, args.batch, "cpu")
+        after = torch.arange(ids.shape[1]) >= ids.shape[1] - TEXT_TOKENS // 2          # the visual tokens
+        labels = ids.where(after, -100)
+        cases[f"{args.layers} of 24 layers", stage] = wide, {
+            "input_ids": ids, "pixel_values": pixels, "labels": labels, "attention_mask": None}
+    return cases
+
+
+def training_step(model, batch: dict, optimizer, back_end: str, autocast):
+    def run() -> float:
+        model.moe = back_end
+        with autocast:
+            loss = model(**batch)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+    return run
+
+
+def train(args) -> dict:
+    """Whole optimizer steps: forward, backward, clipping, AdamW. On a GPU in bfloat16."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    limit, rows = ceilings(args.device, dtype, args.seconds, clock), []
+    with tempfile.TemporaryDirectory() as folder:
+        cases = train_cases(args, Path(folder))
+    for (name, stage), (config, batch) in cases.items():
+        torch.manual_seed(0)
+        model = MonoInternVL(config)
+        train_evip.select_trainable(model, stage)
+        for p in model.parameters():
+            p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+        model.to(args.device)
+        owner = train_evip.sample_numbers(batch)
+        visual = len(batch["pixel_values"]) * config.tokens_per_tile
+        lengths, rates = owner[owner >= 0].bincount(), train_evip.flop_rates(model)
+        flop = (rates["text"] * (int(lengths.sum()) - visual) + rates["visual"] * visual
+                + rates["labels"] * int((batch["labels"][:, 1:] != -100).sum())
+                + rates["pairs"] * int(lengths.square().sum()) / 2)
+        batch = {k: v.to(args.device) for k, v in batch.items() if v is not None}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
+        autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+        runs = {back_end: training_step(model, batch, optimizer, back_end, autocast)
+                for back_end in args.back_ends}
+        losses = {back_end: run() for back_end, run in runs.items()}       # warms up as well
+        if max(losses.values()) - min(losses.values()) > 1e-2 * max(losses.values()):
+            raise SystemExit(f"{name}, {stage.name}: the back ends disagree: {losses}")
+        rounds = args.rounds * 20 if name == "tiny" else args.rounds
+        for back_end, seconds in interleaved(runs, rounds, clock).items():
+            row = {"model": name, "stage": stage.name, "tokens": int(lengths.sum()), "visual": visual,
+                   "back_end": back_end, **spread(seconds)}
+            row |= {"tokens_per_s": row["tokens"] / row["seconds"], "tflops": flop / row["seconds"] / 1e12}
+            rows.append(row)
+            print(f"{name:18}{stage.name:6}{back_end:8}{row['seconds'] * 1e3:10.1f} ms a step, "
+                  f"{row['tokens_per_s']:8.0f} tokens/s", flush=True)
+        del model, optimizer, runs
+    return {"bench": "train", "hardware": hardware(args.device), "torch": torch.__version__,
+            "device": args.device, "clock": clock.__name__, "ceilings": limit, "rows": rows}
+
+
+def train_markdown(result: dict) -> str:
+    """The README's table. Share of peak: useful operations over what a large matrix product reaches."""
+    peak = result["ceilings"]["matmul_tflops"]
+    lines = [f"{result['hardware']}; torch {result['torch']}; measured peak {peak:.3g} TFLOP/s; "
+             f"{result['clock']}.", "",
+             "| model | stage | tokens (visual) | back end | ms a step (quartiles) | tokens/s "
+             "| share of peak | × dense |", "|---|---|---|---|---|---|---|---|"]
+    for r in result["rows"]:
+        dense = next((d["seconds"] for d in result["rows"] if d["back_end"] == "dense"
+                      and (d["model"], d["stage"]) == (r["model"], r["stage"])), math.nan)
+        low, high = (q * 1e3 for q in r["quartiles"])
+        lines.append(f"| {r['model']} | {r['stage']} | {r['tokens']} ({r['visual']}) | {r['back_end']} "
+                     f"| {r['seconds'] * 1e3:.1f} ({low:.1f}–{high:.1f}) | {r['tokens_per_s']:.0f} "
+                     f"| {r['tflops'] / peak:.0%} | {dense / r['seconds']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -511,6 +608,20 @@ def main() -> None:
     p.add_argument("--png", metavar="FILE", help="also draw both curves")
     p.add_argument("--json", metavar="FILE", help="also write the result here")
     p.add_argument("--markdown", action="store_true", help="also print the README's tables")
+    p = commands.add_parser("train", help="optimizer steps of the tiny model and of full-width layers",
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.set_defaults(run=train, table=train_markdown)
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu")
+    p.add_argument("--layers", type=int, default=12 if on_gpu else 1, help="of full width")
+    p.add_argument("--tiles", type=int, default=4 if on_gpu else 1, help="of a picture")
+    p.add_argument("--batch", type=int, default=4 if on_gpu else 1, help="pictures in a full-width step")
+    p.add_argument("--back-ends", nargs="+", default=["dense", "torch"] + ["cuda"] * on_gpu)
+    p.add_argument("--rounds", type=int, default=10 if on_gpu else 3, help="20 times as many if tiny")
+    p.add_argument("--cpu-time", action="store_true",
+                   help="the process's own time, not wall time: for one thread on a machine that is shared")
+    p.add_argument("--seconds", type=float, default=1.0, help="how long to measure each ceiling")
+    p.add_argument("--json", metavar="FILE", help="also write the result here")
+    p.add_argument("--markdown", action="store_true", help="also print the README's table")
     args = parser.parse_args()
     result = args.run(args)
     if getattr(args, "png", None):
