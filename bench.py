@@ -543,7 +543,7 @@ def train(args) -> dict:
         losses = {back_end: run() for back_end, run in runs.items()}       # warms up as well
         if max(losses.values()) - min(losses.values()) > 1e-2 * max(losses.values()):
             raise SystemExit(f"{name}, {stage.name}: the back ends disagree: {losses}")
-        rounds = args.rounds * 20 if name == "tiny" else args.rounds
+        rounds = args.tiny_rounds if name == "tiny" else args.rounds
         for back_end, seconds in interleaved(runs, rounds, clock).items():
             row = {"model": name, "stage": stage.name, "tokens": int(lengths.sum()), "visual": visual,
                    "back_end": back_end, **spread(seconds)}
@@ -616,7 +616,8 @@ def main() -> None:
     p.add_argument("--tiles", type=int, default=4 if on_gpu else 1, help="of a picture")
     p.add_argument("--batch", type=int, default=4 if on_gpu else 1, help="pictures in a full-width step")
     p.add_argument("--back-ends", nargs="+", default=["dense", "torch"] + ["cuda"] * on_gpu)
-    p.add_argument("--rounds", type=int, default=10 if on_gpu else 3, help="20 times as many if tiny")
+    p.add_argument("--rounds", type=int, default=10 if on_gpu else 3, help="of the full-width layers")
+    p.add_argument("--tiny-rounds", type=int, default=60, help="of the tiny model")
     p.add_argument("--cpu-time", action="store_true",
                    help="the process's own time, not wall time: for one thread on a machine that is shared")
     p.add_argument("--seconds", type=float, default=1.0, help="how long to measure each ceiling")

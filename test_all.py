@@ -3072,8 +3072,10 @@ def test_the_hash_is_of_the_code_and_of_nothing_else():
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"```.*?```", "", README, flags=re.S)
-SHORT = {"train_evip.py": "--steps=1 --batch_size=2 --eval_questions=1", "sample.py": "--max_new_tokens=2",
+SHORT = {"train_evip.py": "--steps=1 --batch_size=2 --grad_accum=1 --eval_questions=1",
+         "sample.py": "--max_new_tokens=2",
          "bench.py kernels": "--seconds=0 --image-tiles 0",
+         "bench.py train": "--seconds=0 --rounds 2 --tiny-rounds 2",
          "bench.py infer": "--seconds=0 --layers 1 --tiles 1 --batches 1 --rounds 2 --steps 1"}
 
 
@@ -3098,6 +3100,7 @@ def newcomer(short_run, tmp_path, monkeypatch):
     shutil.copytree(short_run, tmp_path / "out" / "evip++")
     shutil.copytree(short_run / "S2", tmp_path / "Mono-InternVL-2B")       # stands in for the official one
     shutil.copytree(short_run / "S1.3", tmp_path / "FOLDER")
+    language_model(tmp_path / "internlm2-chat-1_8b", Tokenizer(short_run / "S0"), "internlm2")
     (tmp_path / "assets").symlink_to(HERE / "assets")
     shutil.copy(PICTURE, tmp_path / "photo.jpg")
     write_conversations(tmp_path, 0, 4)
@@ -3110,6 +3113,8 @@ def newcomer(short_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", commands_of(README))
 def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd):
     words = shlex.split(command)
+    if words[0] == "torchrun":                               # as one process
+        words = ["python", *words[words.index("train_evip.py"):]]
     if words[:3] == ["python", "-m", "pytest"]:             # these tests themselves
         assert words[-1] == Path(__file__).name and set(words[3:-1]) <= {"-q", "-m", "gpu"}
     elif words[:2] == ["python", "notebooks/execute.py"]:    # all notebooks are run by it, above
@@ -3121,7 +3126,7 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
         assert words[0] == "python", f"no test knows how to run {command!r}"
         module = {"train_evip.py": train_evip, "sample.py": sample, "bench.py": bench}[words[1]]
         options = SHORT[" ".join(words[1:3 if words[1] == "bench.py" else 2])].split()
-        if "infer" in words:
+        if "infer" in words or "train" in words:
             monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
         if "--ablation" in words:
             monkeypatch.setattr(train_evip, "VARIANTS", dict(list(train_evip.VARIANTS.items())[:1]))
@@ -3131,9 +3136,9 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
 
 def test_every_file_that_the_readme_names_exists():
     yours = {"meta.json", "lines.jsonl", "questions.jsonl", "log.jsonl", "loss.png", "predictions.png",
-             "results.json", "config.json", "tokenizer.model", "photo.jpg", "0001.jpg", "0001.json",
-             "0001.txt"}
-    made = {"out/", "out/evip++/"}
+             "results.json", "config.json", "tokenizer.model", "tokenizer.json", "photo.jpg", "0001.jpg",
+             "0001.json", "0001.txt"}
+    made = {"out/", "out/evip++/", "tensorboard/"}
     linked = re.findall(r"\]\((?!http|#)([^)#]+)\)", README)
     endings = "py|cu|h|json|jsonl|png|npz|ipynb|md|txt|model|jpg"
     named = re.findall(rf"`([\w./+-]+(?:\.(?:{endings})|/))`", PROSE)
@@ -3155,9 +3160,10 @@ def test_tables_of_the_readme_are_the_committed_measurements():
         expected = (runs[0][task]["accuracy"], runs[1][task]["accuracy"], runs[0][task]["blank"],
                     runs[0][task]["chance"])
         assert [first, second, blank, chance] == [f"{value:.0%}" for value in expected], task
-    kernels = json.loads((HERE / "assets/bench_kernels_cpu.json").read_text())
-    lines = [line for line in bench.markdown(kernels).splitlines() if line.startswith("|")]
-    assert "\n".join(lines) in README
+    for name, table in (("kernels", bench.markdown), ("train", bench.train_markdown)):
+        measured = json.loads((HERE / f"assets/bench_{name}_cpu.json").read_text())
+        lines = [line for line in table(measured).splitlines() if line.startswith("|")]
+        assert "\n".join(lines) in README
     infer = bench.infer_markdown(json.loads((HERE / "assets/bench_infer_cpu.json").read_text()))
     assert all(line in README for line in infer.splitlines())
     for stage in train_evip.RECIPES["evip++"]:
