@@ -641,7 +641,7 @@ class KVCache:
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)    # what a captured step reads
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.graphs = {}                           # (step, rows, visible) -> CUDA graph, its logits
-        self.pool = torch.cuda.graph_pool_handle() if self.column.is_cuda else None
+        self.pool = torch.cuda.graph_pool_handle() if self.column.is_cuda else None    # of their memory
 
     def truncate(self, length: int) -> None:
         """Forgets all columns from `length` on, those of an interrupted step included."""
@@ -972,7 +972,7 @@ class MonoInternVL(nn.Module):
         kv_cache.written = kv_cache.length + 1
         step = compiled(MonoInternVL.decode_step) if self.compile_decode else MonoInternVL.decode_step
         inputs = self, kv_cache.token[:rows], kv_cache, visible
-        if token.is_cuda and self.cuda_graphs:
+        if self.cuda_graphs and kv_cache.pool is not None:
             if (step, rows, visible) not in kv_cache.graphs:
                 kv_cache.graphs[step, rows, visible] = capture(step, inputs, kv_cache.pool)
             graph, logits = kv_cache.graphs[step, rows, visible]
@@ -1046,7 +1046,8 @@ class MonoInternVL(nn.Module):
             if step + 1 == max_new_tokens or not keep:
                 return
             # Rows that ended leave the batch; where each size needs a graph of its own, only by halves.
-            if len(keep) < len(running) and (not token.is_cuda or len(keep) <= len(running) // 2):
+            each = cache.pool is None or not self.cuda_graphs
+            if len(keep) < len(running) and (each or len(keep) <= len(running) // 2):
                 order = cache.keep(keep)
                 running, token, seen = [running[i] for i in order], token[order], seen[order]
             if B == 1:

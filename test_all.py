@@ -47,6 +47,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import bench
@@ -724,6 +725,36 @@ def test_compiled_decoding_gives_the_same_tokens(monkeypatch):
     plain = stream(model, ids, None, mask, max_new_tokens=8)
     model.compile_decode = True
     assert stream(model, ids, None, mask, max_new_tokens=8) == plain
+
+
+def test_a_captured_step_serves_every_later_token_of_its_block(monkeypatch):
+    """What CUDA graphs rely on, shown without a GPU: a trace freezes all that Python computes, as they do."""
+    def capture(step, inputs, pool):
+        traced, result = make_fx(lambda: step(*inputs))(), step(*inputs)
+
+        class Graph:
+            def replay(self):
+                replays.append(len(result))
+                result.copy_(traced())
+        return Graph(), result
+
+    def reserve(self, *args, plain=KVCache.reserve):
+        plain(self, *args)
+        self.pool = "what a CPU has none of"
+    replays, model = [], tiny()
+    ids, pixels, mask = batch_of([[False, True, False], [False] * 7, [True, False], [False]])
+    free = stream(model, ids, pixels, mask, max_new_tokens=30)
+    ends = free[4][:3]                             # three of the four rows will end early
+    ended = stream(model, ids, pixels, mask, max_new_tokens=30, eos_token_id=ends)
+    monkeypatch.setattr(KVCache, "BLOCKS", {"cpu": 8})
+    monkeypatch.setattr(KVCache, "reserve", reserve)
+    monkeypatch.setattr(mono_internvl, "capture", capture)
+    cache = KVCache(model.config)
+    for _ in range(2):
+        assert stream(model, ids, pixels, mask, max_new_tokens=30, kv_cache=cache) == free
+        assert stream(model, ids, pixels, mask, max_new_tokens=30, kv_cache=cache, eos_token_id=ends) == ended
+    assert {4, 1} <= set(replays) <= {4, 2, 1}     # each size takes a capture: rows leave by halves
+    assert len(cache.graphs) < len(replays) / 5
 
 
 def test_a_thousand_decoded_tokens_take_no_memory():
