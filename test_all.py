@@ -3526,8 +3526,8 @@ def lessons(tmp_path_factory, world_tok):
 def steps_logged(folder) -> list:
     """What must not depend on when and how often a run was interrupted."""
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [[e[key] for key in ("stage", "step", "loss", "tasks", "lr", "grad_norm", "order")]
-            for e in events if "loss" in e]
+    keys = ("stage", "step", "loss", "tasks", "lr", "grad_norm", "order", "utilisation")     # if packed
+    return [[e.get(key) for key in keys] for e in events if "loss" in e]
 
 
 def signal_at(when, number=signal.SIGTERM, to=0):
@@ -3566,6 +3566,7 @@ def test_a_stopped_and_resumed_run_equals_one_in_one_go_bit_for_bit(lessons, tmp
     assert contents(once / "S2") == contents(twice / "S2")
     assert steps_logged(once) == steps_logged(twice)
     assert [step for _, step, *_ in steps_logged(once)] == list(range(7))
+    assert all(0.5 < utilisation <= 1 for *_, utilisation in steps_logged(once))
 
 
 def test_ten_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(lessons, tmp_path):

@@ -570,6 +570,8 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
                      "tokens_per_s": round(done["tokens"] / seconds),
                      "visual_tokens_per_s": round(done["visual"] / seconds),
                      "mfu": round(done["flop"] / seconds / peak, 4), "memory_gb": round(memory_gb(flags), 3)}
+            if flags.pack:
+                shown["utilisation"] = round(batches.utilisation, 4)        # of the packed rows
             by_task = {str(task): sums[task] / max(1, counts[task]) for task in sums}     # of this process
             order = zlib.crc32(repr([m["ids"] for m in micro]).encode())
             log.write(stage=stage.name, step=step, **shown, tasks=by_task, order=order)
