@@ -435,8 +435,9 @@ def load_partial(folder: Path, model, optimizer, batches: Batches) -> int:
     for moments in optimizer.state.values():
         moments["step"].fill_(state["step"])
     batches.load_state_dict(state["batches"])
-    for get, values in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["rng"], strict=False):
-        get(torch.tensor(values, dtype=torch.uint8))
+    setters = [torch.set_rng_state] + [torch.cuda.set_rng_state] * torch.cuda.is_available()
+    for set_state, values in zip(setters, state["rng"], strict=False):
+        set_state(torch.tensor(values, dtype=torch.uint8))
     return state["step"]
 
 
@@ -444,7 +445,53 @@ def newest_partial(folder: Path | None) -> Path | None:
     return max(folder.glob("step-*"), default=None) if folder else None
 
 
-# ---- the loop
+# ---- a step, and the loop
+
+def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stage: Stage,
+             flags: Flags) -> list[Tensor]:
+    """Adds the gradients of the mean loss over `total` supervised tokens, those of the whole step and of all
+    processes: not a mean of means. Returns the tokens' losses, (supervised,) for each of micro."""
+    device, c, token_losses = torch.device(flags.device), model.config, []
+    fsdp = isinstance(model, FSDPModule)
+    for i, m in enumerate(micro):
+        inputs = {k: v.to(device) for k, v in m.items() if isinstance(v, Tensor)}
+        if inputs.get("pixel_values") is None and stage.trainable != "text":
+            # No tiles, instead of nothing: visual experts take part with no token and get gradients of zero.
+            # So all processes exchange the same gradients, whatever samples they have.
+            side = c.image_size
+            inputs["pixel_values"] = torch.zeros(0, c.num_channels, side, side, device=device)
+        last = i + 1 == len(micro)                                         # gradients travel once per step
+        if fsdp:
+            model.set_requires_gradient_sync(last)
+        with (forward.no_sync() if forward is not model and not last else nullcontext(),
+              torch.autocast(device.type, torch.bfloat16,                  # FSDP casts by itself
+                             enabled=flags.dtype == "bfloat16" and not fsdp)):
+            losses = forward(**inputs, reduction="none")[1]
+            (losses.sum() * (world() / max(1, total))).backward()          # they are averaged: hence world
+        token_losses.append(losses.detach())
+    return token_losses
+
+
+def account(c: MonoInternVLConfig, micro: list[dict], token_losses: list[Tensor]):
+    """What this process learned from in a step: (the sum of the losses, their mean by task, the samples whose
+    loss is no number, how many of what flop_rates counts)."""
+    sums, counts, spoilt, own = defaultdict(float), defaultdict(int), [], defaultdict(int)
+    for m, losses in zip(micro, token_losses, strict=True):
+        owner, n = sample_numbers(m), len(m["ids"])
+        of_label = owner[:, 1:][m["labels"][:, 1:] != -100]                # (supervised,)
+        by_sample = torch.zeros(n).index_add_(0, of_label, losses.float().cpu()).tolist()
+        labels = of_label.bincount(minlength=n).tolist()
+        for sample, task, loss, tokens in zip(m["ids"], m["tasks"], by_sample, labels, strict=True):
+            sums[str(task)] += loss
+            counts[str(task)] += tokens
+            spoilt += [] if math.isfinite(loss) else [sample]
+        lengths = owner[owner >= 0].bincount()
+        visual = 0 if m["pixel_values"] is None else len(m["pixel_values"]) * c.tokens_per_tile
+        for key, value in (("text", int(lengths.sum()) - visual), ("visual", visual),
+                           ("labels", len(losses)), ("pairs", int(lengths.square().sum()) / 2)):
+            own[key] += value
+    return sum(sums.values()), {task: sums[task] / max(1, counts[task]) for task in sums}, spoilt, own
+
 
 def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: Log, tok: Tokenizer,
                 partial: Path | None = None) -> bool:
@@ -456,7 +503,6 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
     select_trainable(model, stage)
     forward = distribute(hold(model, flags), flags)
     trainable = [p for p in model.parameters() if p.requires_grad]      # FSDP made other ones of them
-    fsdp, ddp = isinstance(model, FSDPModule), forward is not model
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": flags.weight_decay},
          {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}],
@@ -498,54 +544,19 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
                 micro = [next(source) for _ in range(accum)]
             except InputError as e:
                 problem = str(e)
-            supervised = [m["labels"][:, 1:] != -100 for m in micro]
-            failed, bad, seen, total = add_up(problem is not None, len(batches.bad), batches.seen,
-                                              sum(int(s.sum()) for s in supervised))
+            supervised = sum(int((m["labels"][:, 1:] != -100).sum()) for m in micro)
+            failed, bad, seen, total = add_up(problem is not None, len(batches.bad), batches.seen, supervised)
             # over the epochs, each process meets the same bad samples: hence size · world
             problem = problem or too_many_bad(int(bad), int(seen), world() * (batches.size or sys.maxsize),
                                               flags.max_bad)
             if problem or failed:
                 raise InputError(problem or "another process stopped, its message says why")
 
-            # Gradients of the mean loss over the supervised tokens of the whole step and of all processes.
-            token_losses = []
-            for i, m in enumerate(micro):
-                inputs = {k: v.to(device) for k, v in m.items() if isinstance(v, Tensor)}
-                if inputs.get("pixel_values") is None and stage.trainable != "text":
-                    # No tiles, instead of nothing: visual experts take part with no token and get gradients
-                    # of zero. So all processes exchange the same gradients, whatever samples they have.
-                    side = c.image_size
-                    inputs["pixel_values"] = torch.zeros(0, c.num_channels, side, side, device=device)
-                last = i + 1 == accum
-                if fsdp:
-                    model.set_requires_gradient_sync(last)              # gradients travel once per step
-                with (forward.no_sync() if ddp and not last else nullcontext(),
-                      torch.autocast(device.type, torch.bfloat16,       # FSDP casts by itself
-                                     enabled=flags.dtype == "bfloat16" and not fsdp)):
-                    losses = forward(**inputs, reduction="none")[1]     # (supervised,)
-                    (losses.sum() * (world() / max(1, total))).backward()     # they are averaged: hence world
-                token_losses.append(losses.detach())
+            token_losses = backward(model, forward, micro, total, stage, flags)
             norm = whole(torch.nn.utils.clip_grad_norm_(trainable, flags.grad_clip)).item()
-
-            # What was learned from: losses by sample and by task, tokens by kind.
-            sums, counts, spoilt, own = defaultdict(float), defaultdict(int), [], defaultdict(int)
-            for m, s, losses in zip(micro, supervised, token_losses, strict=True):
-                owner, n = sample_numbers(m), len(m["ids"])
-                of_label = owner[:, 1:][s]                              # (supervised,)
-                by_sample = torch.zeros(n).index_add_(0, of_label, losses.float().cpu()).tolist()
-                for sample, task, loss, labels in zip(m["ids"], m["tasks"], by_sample,
-                                                      of_label.bincount(minlength=n).tolist(), strict=True):
-                    sums[task] += loss
-                    counts[task] += labels
-                    if not math.isfinite(loss):
-                        spoilt.append(sample)
-                lengths = owner[owner >= 0].bincount()
-                visual = 0 if m["pixel_values"] is None else len(m["pixel_values"]) * c.tokens_per_tile
-                for key, value in (("text", int(lengths.sum()) - visual), ("visual", visual),
-                                   ("labels", len(losses)), ("pairs", int(lengths.square().sum()) / 2)):
-                    own[key] += value
-            loss, tokens, visual, stop = add_up(sum(sums.values()), own["text"] + own["visual"],
-                                                own["visual"], len(stop_signals))
+            loss_sum, by_task, spoilt, own = account(c, micro, token_losses)
+            loss, tokens, visual, stop = add_up(loss_sum, own["text"] + own["visual"], own["visual"],
+                                                len(stop_signals))
             loss /= max(1, total)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 everyones = [spoilt]
@@ -572,7 +583,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
                      "mfu": round(done["flop"] / seconds / peak, 4), "memory_gb": round(memory_gb(flags), 3)}
             if flags.pack:
                 shown["utilisation"] = round(batches.utilisation, 4)        # of the packed rows
-            by_task = {str(task): sums[task] / max(1, counts[task]) for task in sums}     # of this process
+                shown["utilisation"] = round(batches.utilisation, 4)        # of the packed rows
             order = zlib.crc32(repr([m["ids"] for m in micro]).encode())
             log.write(stage=stage.name, step=step, **shown, tasks=by_task, order=order)
             if board and step % 10 == 0:
@@ -923,7 +934,7 @@ def earlier_run(out: Path, flags: Flags, stages: list[Stage]) -> dict:
     unfinished = not run["finished"] and (run["done"] or any(map(newest_partial, partials)))
     if unfinished and flags.resume == "auto":
         for name, value in run["flags"].items():
-            if name not in FREE_TO_CHANGE and value != getattr(flags, name):
+            if name not in FREE_TO_CHANGE and value != getattr(flags, name, value):
                 raise InputError(f"{out} holds a run that was interrupted and had --{name} {value}, not "
                                  f"{getattr(flags, name)}: give the same flags to go on, or --resume never "
                                  "to start anew, or another --out")
@@ -1060,7 +1071,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(Flags, argv, __doc__.split("\n")[0])
     try:
         (ablation if flags.ablation else run)(flags)
-    except InputError as e:
+    except (InputError, OSError, SafetensorError) as e:                # such as: no space left on device
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
