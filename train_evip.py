@@ -583,7 +583,6 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
                      "mfu": round(done["flop"] / seconds / peak, 4), "memory_gb": round(memory_gb(flags), 3)}
             if flags.pack:
                 shown["utilisation"] = round(batches.utilisation, 4)        # of the packed rows
-                shown["utilisation"] = round(batches.utilisation, 4)        # of the packed rows
             order = zlib.crc32(repr([m["ids"] for m in micro]).encode())
             log.write(stage=stage.name, step=step, **shown, tasks=by_task, order=order)
             if board and step % 10 == 0:
