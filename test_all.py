@@ -3634,21 +3634,27 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batch(lessons, tmp_p
 
     monkeypatch.setattr(train_evip, "train_stage", inspected)
     results = {}
-    for name, world, parallel, size in (("one", 1, "auto", 4), ("ddp", 2, "ddp", 2), ("fsdp", 2, "fsdp", 1)):
+    for name, world, parallel, size, dtype in (
+            ("one", 1, "auto", 4, "float32"), ("ddp", 2, "ddp", 2, "float32"),
+            ("fsdp", 2, "fsdp", 1, "float32"), ("coarse", 2, "fsdp", 2, "bfloat16")):
         assert train(tmp_path / name, f"--data={lessons}/meta.json", f"--init_from={lessons}/model",
-                     "--pool=1", "--stages=S1.2", "--steps=4", f"--parallel={parallel}",
+                     "--pool=1", "--stages=S1.2", "--steps=4", f"--parallel={parallel}", f"--dtype={dtype}",
                      f"--batch_size={size}", f"--grad_accum={4 // size // world}", world=world) == [0] * world
         trained = load_file(tmp_path / name / "S1.2" / "model.safetensors")
         results[name] = trained, steps_logged(tmp_path / name)
     weights, steps = results["one"]
     frozen = {n for n in weights if not re.search(train_evip.VISION, n)}
     assert {n for n in weights if torch.equal(weights[n], initial[n])} == frozen
-    for others, logged in list(results.values())[1:]:
+    for name, tolerance in (("ddp", 1e-5), ("fsdp", 1e-5), ("coarse", 2e-2)):
+        others, logged = results[name]
         for n, t in weights.items():
-            assert_close(others[n], t, rtol=0, atol=0 if n in frozen else 1e-5)
+            if n in frozen:
+                assert torch.equal(others[n], t.bfloat16() if name == "coarse" else t)
+            else:                                  # what trains is float32 in any case
+                assert_close(others[n], t, rtol=0, atol=tolerance)
         for mine, theirs in zip(steps, logged, strict=True):
-            assert mine[:2] == theirs[:2] and mine[2] == pytest.approx(theirs[2], abs=1e-5)
-            assert mine[5] == pytest.approx(theirs[5], rel=1e-4)           # the gradient's norm
+            assert mine[:2] == theirs[:2] and mine[2] == pytest.approx(theirs[2], abs=5 * tolerance)
+            assert mine[5] == pytest.approx(theirs[5], rel=10 * tolerance)             # the gradient's norm
 
 
 def test_problems_of_one_process_stop_all_and_leave_the_earlier_checkpoints_usable(lessons, tmp_path):
@@ -3715,7 +3721,7 @@ def test_the_predicted_activations_are_what_the_layers_keep(stage, dtype):
     model, stage = MonoInternVL(c), stage_of(stage, max_tiles=3)
     flags = tiny_flags(batch_size=2, max_tokens=192, dtype=dtype)
     plan = train_evip.memory_plan(model, stage, flags)
-    train_evip.hold(model, flags)
+    train_evip.distribute(model, flags)
     ids = torch.randint(0, 499, (2, 192))
     ids[:, 3:3 + 4 * 16] = 499                     # 3 tiles and the thumbnail
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}

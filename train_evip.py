@@ -269,17 +269,14 @@ def select_trainable(model: MonoInternVL, stage: Stage):
         p.grad = None
 
 
-def hold(model: MonoInternVL, flags: Flags) -> MonoInternVL:
-    """What trains is held in float32, AdamW's masters; what is frozen in the type of the computation."""
+def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
+    """Casts the model and moves it to its device, in place, and returns what to call in its stead.
+
+    What trains is held in float32, AdamW's masters; what is frozen in the type of the computation. DDP: each
+    process holds all, gradients are averaged. FSDP: each holds a share of every tensor, and a layer is put
+    together when its turn comes."""
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
-    return model
-
-
-def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
-    """Moves the model to its device, in place, and returns what to call in its stead. DDP: each process holds
-    all, gradients are averaged. FSDP: each holds a share of every tensor, and a layer is put together when
-    its turn comes."""
     device, layers = torch.device(flags.device), model.language_model.model.layers
     model.moe = flags.moe
     model.language_model.recompute = flags.recompute == "on" or flags.recompute == "auto" and is_big(model)
@@ -501,7 +498,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, log: L
     batch_size, accum = batch_plan(model, stage, flags)
     steps = stage.steps if flags.steps is None else flags.steps
     select_trainable(model, stage)
-    forward = distribute(hold(model, flags), flags)
+    forward = distribute(model, flags)
     trainable = [p for p in model.parameters() if p.requires_grad]      # FSDP made other ones of them
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": flags.weight_decay},
@@ -916,7 +913,7 @@ def delta_verdict(before: MonoInternVL, after: MonoInternVL, stage: Stage, tok: 
     """Did the stage leave all that it freezes, and what the model says about text, as it was, bit for bit?"""
     for model in (before, after):
         select_trainable(model, stage)
-        hold(model, flags).to(flags.device)
+        model.to(flags.device, getattr(torch, flags.dtype))              # that of what is frozen
     (old_logits, old_loss), (logits, loss) = (text_probe(model, tok) for model in (before, after))
     weights = dict(before.named_parameters())
     same = [torch.equal(weights[n], p) for n, p in after.named_parameters() if not p.requires_grad]
