@@ -1,8 +1,9 @@
 """All tests, in the order of the story: `python -m pytest`; those that need a GPU: `python -m pytest -m gpu`.
 
 The official numbers (assets/golden) come first; then the architecture against a reference that takes one
-token at a time, routing, generation, checkpoints; then data.py, sample.py, the CUDA kernel, training. A name
-is a sentence about the system. A law holds for whatever hypothesis draws; its draws are the same in each run.
+token at a time, routing, generation, checkpoints; then data.py, sample.py, the CUDA kernel, the notebooks, the
+README, training. A name is a sentence about the system. A law holds for whatever hypothesis draws; its draws
+are the same in each run.
 """
 import contextlib
 import ctypes
