@@ -1,9 +1,9 @@
 """All tests, in the order of the story: `python -m pytest`; those that need a GPU: `python -m pytest -m gpu`.
 
 The official numbers (assets/golden) come first; then the architecture against a reference that takes one
-token at a time, routing, generation, checkpoints; then data.py, sample.py, the CUDA kernel, the notebooks, the
-README, training. A name is a sentence about the system. A law holds for whatever hypothesis draws; its draws
-are the same in each run.
+token at a time, routing, generation, checkpoints; then data.py, sample.py, the CUDA kernel, the notebooks,
+the README, training. A name is a sentence about the system. A law holds for whatever hypothesis draws; its
+draws are the same in each run.
 """
 import contextlib
 import ctypes
@@ -3433,7 +3433,7 @@ def test_own_data_trains_and_a_bad_sample_is_left_out_and_named(short_run, tmp_p
     assert "--max_bad 0.05" in capsys.readouterr().err
 
 
-def test_the_ablation_compares_four_ways_from_one_language_model(tmp_path, capsys):
+def test_the_ablation_compares_four_ways_from_one_language_model(tmp_path, monkeypatch, capsys):
     results = train_evip.ablation(tiny_flags(out=str(tmp_path), steps=2, eval_questions=1, batch_size=2), 2)
     assert results == json.loads((tmp_path / "results.json").read_text())
     rows, table = results["rows"], capsys.readouterr().out
@@ -3447,6 +3447,9 @@ def test_the_ablation_compares_four_ways_from_one_language_model(tmp_path, capsy
     assert len({row["caption loss"][0] for row in rows}) == 8              # but eight trainings
     assert train_evip.ablation_table(results) in table and table.count(" ± ") == 20
     assert train_evip.main(["--ablation", "--data=meta.json"]) == 1
+    monkeypatch.setattr(train_evip, "train_stage", lambda *arguments: False)             # as after Ctrl-C
+    assert train_evip.main(["--ablation", "--out", str(tmp_path)]) == 1
+    assert "the ablation was stopped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -744,13 +744,19 @@ def ablation(flags: Flags, seeds: int = 3) -> dict:
         raise InputError("--ablation is about the embedded world; drop --data")
     started, out, rows = time.time(), Path(flags.out or "out/ablation"), []
     s0, *stages = RECIPES["evip++"][:3]
+
+    def train(model: MonoInternVL, stage: Stage, flags: Flags, tok: Tokenizer):
+        dataset = World(stage.name, tok, model.config, stage.max_tiles, flags.seed)
+        if not train_stage(model, dataset, stage, flags, Log(out / "log.jsonl"), tok):
+            raise InputError("the ablation was stopped; asked for again, it starts anew")
+
     for seed in range(flags.seed, flags.seed + seeds):
         flags = replace(flags, seed=seed, device="cpu", dtype="float32")
         torch.manual_seed(seed)
         _, tok, build = origin(flags, s0, True, out)
-        llm, log = build(), Log(out / "log.jsonl")
+        llm = build()
         if flags.init_from is None:
-            train_stage(llm, World("S0", tok, llm.config, 1, seed), s0, flags, log, tok)
+            train(llm, s0, flags, tok)
         for name, change in VARIANTS.items():
             print(f"seed {seed}: {name}", flush=True)
             torch.manual_seed(seed)    # new weights, but for the LLM's
@@ -761,10 +767,7 @@ def ablation(flags: Flags, seeds: int = 3) -> dict:
                 model.copy_text_experts()
             logits, before = text_probe(model, tok)
             for stage in stages:
-                stage = replace(stage, trainable=change.get("trainable", stage.trainable))
-                dataset = World(stage.name, tok, model.config, stage.max_tiles, seed)
-                if not train_stage(model, dataset, stage, flags, log, tok):
-                    raise KeyboardInterrupt
+                train(model, replace(stage, trainable=change.get("trainable", stage.trainable)), flags, tok)
             logits_after, after = text_probe(model, tok)
             # every sample is new, so the training loss says what is learned; its mean in tenths of S1.2
             steps = flags.steps or stages[-1].steps
