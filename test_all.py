@@ -3566,24 +3566,26 @@ def test_a_stopped_and_resumed_run_equals_one_in_one_go_bit_for_bit(lessons, tmp
     data, random numbers, the log."""
     flags = [f"--data={lessons}/meta.json", f"--init_from={lessons}/model", "--stages=S2", "--steps=7",
              "--pack", "--max_tokens=96", "--batch_size=1", "--grad_accum=2", "--workers=1", "--pool=2",
-             "--recompute=on", f"--parallel={parallel}"]
+             "--recompute=on", "--save_every=5", f"--parallel={parallel}"]
     once, twice = tmp_path / "once", tmp_path / "twice"
+
+    def keep(rank, step):                          # what was saved after step 5 goes with the stage
+        if (rank, step) == (0, 5):
+            [folder] = tmp_path.glob("*/S2.partial/step-0000005")
+            folder.rename(folder.parent.parent / "kept")
+
     done = [0] * world
-    assert train(once, *flags, world=world, hook=signal_at(3)) == done         # saved after step 5
+    assert train(once, *flags, world=world, hook=keep) == done
     assert train(twice, *flags, world=world, hook=signal_at(0, signal.SIGINT, to=world - 1)) == done
-    assert train(twice, *flags, world=world, hook=signal_at(3)) == done
-    assert sorted(p.name for p in (twice / "S2.partial").iterdir()) == ["step-0000002", "step-0000005"]
-    one, other = (contents(folder / "S2.partial" / "step-0000005") for folder in (once, twice))
+    assert [p.name for p in (twice / "S2.partial").iterdir()] == ["step-0000002"]
+    assert train(twice, *flags, world=world, hook=keep) == done
+    one, other = (contents(folder / "kept") for folder in (once, twice))
     parts = {"model", "optimizer", *(f"rank{i}.json" for i in range(world))}
     assert {name.split("/")[0] for name in one} == parts
     assert one == other
-    for folder in (once, twice):
-        assert train(folder, *flags, world=world) == done
-        assert not (folder / "S2.partial").exists()
-    assert contents(once / "S2") == contents(twice / "S2")
+    assert contents(once / "S2") == contents(twice / "S2") and not (twice / "S2.partial").exists()
     assert steps_logged(once) == steps_logged(twice)
     assert [step for _, step, *_ in steps_logged(once)] == list(range(7))
-    assert all(0.5 < utilisation <= 1 for *_, utilisation in steps_logged(once))
 
 
 def test_ten_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(lessons, tmp_path):
@@ -3680,8 +3682,7 @@ def test_problems_of_one_process_stop_all_and_leave_the_earlier_checkpoints_usab
     assert train(out, *flags) == [1]
     assert "saved by 2 process(es)" in Path(f"{out}.err0").read_text()
     assert train(out, *flags, "--parallel=fsdp", world=2) == [0, 0]
-    assert train(tmp_path / "once", *flags, "--parallel=fsdp", world=2) == [0, 0]
-    assert contents(out / "S2") == contents(tmp_path / "once" / "S2")
+    assert [step for _, step, *_ in steps_logged(out)] == [0, 1, 2, 3]
 
     # half of the samples cannot be read, all of them by one process
     shutil.copytree(lessons, tmp_path / "bad")

@@ -149,7 +149,7 @@ class Flags:
     recipe: str = flag("evip++", "evip (v1) or evip++ (1.5)", choices=list(RECIPES))
     preset: str = flag("tiny", "which table of stages: tiny, 2b or llava_sft", choices=list(PRESETS))
     stages: list[str] = flag([], "stages to run, e.g. S1.3 S2 (default: all)")
-    out: str | None = flag(None, "folder of the run (default: out/RECIPE)")
+    out: str | None = flag(None, "folder of the run (default: out/RECIPE or out/RECIPE-PRESET)")
     init_from: str | None = flag(None, "Mono-InternVL, InternLM2 or Llama-layout folder to start "
                                  "from (default: the stage before, or nothing)")
     data: str | None = flag(None, "meta.json of your own data (default: the embedded world)")
@@ -975,7 +975,7 @@ def run(flags: Flags):
         flags.dtype = "bfloat16" if has_bf16 else "float32"
     if world() > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if flags.device.startswith("cuda") else "gloo")
-    out = Path(flags.out or f"out/{flags.recipe}")
+    out = Path(flags.out or f"out/{flags.recipe}" + f"-{flags.preset}" * (flags.preset != "tiny"))
     torch.manual_seed(flags.seed)
     progress = earlier_run(out, flags, stages)
     add_up(0)                          # all have read it: now it may change
