@@ -850,8 +850,10 @@ class MonoInternVL(nn.Module):
         self.language_model = InternLM2(c)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
-                # 1/sqrt(fan-in): 0.022 at the width of the 2B model, and right for a tiny one too [ours]
-                std = 0.02 if isinstance(module, nn.Embedding) else module.weight[0].numel() ** -0.5
+                # 1/sqrt(fan-in): 0.022 at the width of the 2B model, and right for a tiny one too. Embeddings
+                # as large as what layers add to them, patches that stand out from their positions [ours]
+                std = 1.0 if isinstance(module, nn.Embedding) else module.weight[0].numel() ** -0.5
+                std = 2 * std if isinstance(module, nn.Conv2d) else std
                 nn.init.normal_(module.weight, std=std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
