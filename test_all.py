@@ -3335,7 +3335,7 @@ def test_accumulated_gradients_equal_one_large_batch_whatever_the_share_of_super
         results.append((json.loads((tmp_path / f"{size}.jsonl").read_text()), gradients[0]))
     (large, expected), (small, accumulated) = results
     assert large["loss"] == pytest.approx(small["loss"], rel=1e-6)
-    assert large["tasks"] == pytest.approx(small["tasks"], rel=1e-5) and len(large["tasks"]) == 3
+    assert large["tasks"] == pytest.approx(small["tasks"], rel=1e-5) and len(large["tasks"]) > 1
     for one, other in zip(accumulated, expected, strict=True):
         assert_close(one, other, rtol=1e-4, atol=1e-6)
 
