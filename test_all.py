@@ -3211,6 +3211,9 @@ def test_tables_of_the_readme_are_the_committed_measurements():
         assert "\n".join(lines) in README
     infer = bench.infer_markdown(json.loads((HERE / "assets/bench_infer_cpu.json").read_text()))
     assert all(line in README for line in infer.splitlines())
+    ablation = json.loads((HERE / "assets/ablation.json").read_text())
+    assert train_evip.ablation_table(ablation) in README
+    assert len({row["seed"] for row in ablation["rows"]}) >= 3
     for stage in train_evip.RECIPES["evip++"]:
         v1 = next(s for s in train_evip.RECIPES["evip"] if s.name == stage.name)
         row = [stage.name, stage.goal, stage.trainable, str(stage.max_tiles),

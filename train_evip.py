@@ -778,7 +778,8 @@ def ablation(flags: Flags, seeds: int = 3) -> dict:
                          "caption loss": [tenth.mean().item() for tenth in tenths]})
     results = {"torch": torch.__version__, "threads": torch.get_num_threads(),
                "seconds": time.time() - started, "steps": [flags.steps or stage.steps for stage in stages],
-               "batch_size": flags.batch_size, "pictures": len(KINDS) * flags.eval_questions, "rows": rows}
+               "batch_size": flags.batch_size or s0.batch, "pictures": len(KINDS) * flags.eval_questions,
+               "rows": rows}
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print("\n" + ablation_table(results))
     return results
