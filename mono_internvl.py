@@ -628,7 +628,7 @@ class KVCache:
             columns = max(columns, min(2 * width, c.context_length)) if columns > width else width
         else:
             self.length = self.written = 0
-        self.block = self.BLOCKS[torch.device(device).type]
+        self.block = self.BLOCKS.get(torch.device(device).type, 32)
         columns = -(-columns // self.block) * self.block
         # zeros, as a masked column still takes part in 0 · value: there may be no NaN
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, columns, c.head_dim)
@@ -680,11 +680,14 @@ class KVCache:
             self.real[hole] = self.real[row]
         return order
 
-    def matches(self, input_ids: Tensor, pixel_values: Tensor | None) -> tuple[int, int]:
+    def matches(self, input_ids: Tensor, pixel_values: Tensor | None,
+                attention_mask: Tensor | None) -> tuple[int, int]:
         """How many columns, and how many tiles in them, hold the beginning of this prompt already."""
         c, (B, T), same, tiles = self.c, input_ids.shape, 0, 0
-        stretched = (c.rope_scaling or {}).get("type") == "dynamic" and T > c.max_position_embeddings
-        if B > 1 or stretched:                     # stretched: cached keys were made with another base
+        # Past the trained length, dynamic RoPE gave or will give the keys another base.
+        dynamic = (c.rope_scaling or {}).get("type") == "dynamic"
+        stretched = dynamic and max(T, self.length) > c.max_position_embeddings
+        if B > 1 or stretched or self.padded or attention_mask is not None:
             return 0, 0
         # The last token is always read: its state gives the next one.
         for old, new in zip(self.ids[:min(self.length, T - 1)], input_ids[0].tolist(), strict=False):
@@ -943,7 +946,7 @@ class MonoInternVL(nn.Module):
         """Reads the prompt into the cache, `chunk` tokens at a time; what the cache holds already is not read
         again. Returns the logits (B, V) of the next token: the head runs on the last position only."""
         T, image_token = input_ids.shape[1], self.config.img_context_token_id
-        past, tiles = kv_cache.matches(input_ids, pixel_values)
+        past, tiles = kv_cache.matches(input_ids, pixel_values, attention_mask)
         kv_cache.truncate(past)
         kv_cache.reused = past
         x = self.embed(input_ids[:, past:], None if pixel_values is None else pixel_values[tiles:])
@@ -956,7 +959,9 @@ class MonoInternVL(nn.Module):
             new = x[:, start - past:start - past + chunk]
             hidden = self.language_model(new, routing, mask, kv_cache, lengths)
         if len(input_ids) == 1:
-            kv_cache.ids, kv_cache.tiles = input_ids[0].tolist(), pixel_values
+            # a copy: the caller may fill the same tensor with the next picture
+            kv_cache.ids = input_ids[0].tolist()
+            kv_cache.tiles = None if pixel_values is None else pixel_values.clone()
         return self.language_model.output(hidden[:, -1]).float()
 
     def decode_step(self, token: Tensor, kv_cache: KVCache, visible: int) -> Tensor:

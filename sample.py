@@ -194,15 +194,17 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor], load, 
 # ---------------------------------------------------------------- a file of questions
 
 class Questions(JsonlDataset):
-    """--input. A sample is what collate takes, "question", and "key": of the line and of all flags that an
-    answer depends on. A line that cannot be asked raises InputError with its number."""
+    """--input. A sample is what collate takes, "question", and "key": of the line and of all that an answer
+    depends on: flags, the image folder, when the checkpoint was written. A line that cannot be asked raises
+    InputError with its number."""
 
     def __init__(self, flags: Flags, tok: Tokenizer, model: MonoInternVL, load):
         self.load = load
         same = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed",
                 "max_tiles", "dtype")
-        self.settings = repr([asdict(flags)[name] for name in same]).encode()
         super().__init__(flags.input, flags.image_root or Path(flags.input).parent, tok, model.config)
+        written = (Path(flags.model) / "config.json").stat().st_mtime_ns       # trained anew, other answers
+        self.settings = repr([str(self.root), written, *(asdict(flags)[name] for name in same)]).encode()
 
     def key(self, i: int) -> int:
         return zlib.crc32(self.read(*self.places[i].tolist())[1] + self.settings)
@@ -216,6 +218,8 @@ class Questions(JsonlDataset):
             conversation = turns(with_marks(line["question"], len(images)))
         elif isinstance(conversation, list) and len(conversation) % 2 == 0:
             conversation = conversation[:-1]       # its last turn is the answer that we are asked for
+        elif conversation is None:
+            raise InputError('it has neither "question" nor "conversations"')
         tiles = [self.load(image) for image in images]
         ids, labels = encode_conversation(self.tok, conversation, [len(t) for t in tiles],
                                           self.config.tokens_per_tile)
@@ -244,7 +248,12 @@ def finished(questions: Questions, output: Path) -> dict[int, bytes]:
     """{line number: record} of an earlier run; what a killed run wrote by halves does not count."""
     if not output.exists():
         return {}
-    *lines, rest = output.read_bytes().split(b"\n")
+    try:
+        *lines, rest = output.read_bytes().split(b"\n")
+    except OSError as e:
+        raise InputError(f"{output} is not readable: {e.strerror}") from None
+    if rest[:9] != b'{"line": '[:len(rest)]:       # what a record begins with, or the half of it
+        raise InputError(f"{output} holds something else than answers; name another --output")
     row, done = {number: i for i, number in enumerate(questions.places[:, 0].tolist())}, {}
     for number, line in enumerate(lines, 1):
         try:
@@ -280,8 +289,12 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load, flags: Flags):
                         tqdm.write(f"left out: {e}", file=sys.stderr)
                 bar.update(min(len(todo) - start, 4 * flags.batch_size) - len(samples))
                 samples.sort(key=lambda sample: len(sample["input_ids"]))
-                for first in range(0, len(samples), flags.batch_size):
-                    batch = samples[first:first + flags.batch_size]
+                # A batch ends with the context of its longest row. Who may get that far is asked alone.
+                room = model.config.context_length - flags.max_new_tokens
+                long = [[s] for s in samples if len(s["input_ids"]) > room]
+                samples = samples[:len(samples) - len(long)]
+                for batch in [samples[first:first + flags.batch_size]
+                              for first in range(0, len(samples), flags.batch_size)] + long:
                     for sample, ids in zip(batch, answer_batch(model, tok, batch, flags, cache), strict=True):
                         number, tokens = int(questions.places[sample["row"], 0]), tokens + len(ids)
                         done[number] = json.dumps({
@@ -328,6 +341,8 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError("--input and --output go together, without --image and --prompt")
         if flags.batch_size < 1:
             raise InputError(f"--batch_size is {flags.batch_size}, expected at least 1")
+        if max_tiles < 1:
+            raise InputError(f"--max_tiles is {max_tiles}, expected at least 1")
         images = [load(path) for path in flags.image]       # before the weights: a wrong name shows at once
         model = load_model(folder, tok, flags)
         if flags.input is not None:

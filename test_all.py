@@ -692,6 +692,31 @@ def test_cached_keys_are_read_anew_once_dynamic_rope_changes_their_base():
         ids += [token[0] for token in tokens] + [9, 10]
 
 
+    long, short = torch.arange(1, 26)[None], torch.arange(1, 9)[None]      # and back: /clear, the same start
+    for prompt in (long, short):
+        tokens = stream(model, prompt, max_new_tokens=4, kv_cache=cache)
+        assert tokens == stream(model, prompt, max_new_tokens=4) and cache.reused == 0
+
+
+def test_pads_in_a_row_or_a_picture_filled_anew_are_no_beginning_that_was_read():
+    model, cache = tiny(), KVCache(tiny().config)
+    ids, tile = torch.tensor([[1, 5, 6, 7, 8, 9]]), torch.randn(1, 3, 4, 4)
+    for mask in (None, torch.tensor([[0, 0, 1, 1, 1, 1]]), torch.tensor([[0, 1, 1, 1, 1, 1]]), None):
+        assert (stream(model, ids, None, mask, max_new_tokens=4, kv_cache=cache)
+                == stream(model, ids, None, mask, max_new_tokens=4))
+    read = []
+    for _ in range(2):
+        generated(model, torch.tensor([[1, IMG, 2]]), tile.neg_(), max_new_tokens=1, kv_cache=cache)
+        read.append(cache.reused)
+    assert read == [1, 1]
+
+
+def test_a_cache_works_on_devices_that_nobody_has_measured():
+    cache = KVCache(tiny().config)
+    cache.reserve(1, 5, torch.float32, "meta")
+    assert cache.real.shape[1] >= 5
+
+
 @on_every_device
 @settings(max_examples=20)
 @given(visual_rows(min_rows=2, max_rows=4), st.integers(0, 40), st.sampled_from([4, 64]), st.booleans())
@@ -2306,7 +2331,9 @@ def test_an_interrupted_file_of_questions_goes_on_and_ends_like_an_uninterrupted
     ("--seed 5", "answers another question, or the same with other flags"),
     ("--batch_size 0", "--batch_size is 0"), ("--prompt hi", "go together, without"),
     ("--input none.jsonl", "none.jsonl is not readable"), ("--output none/a.jsonl", "cannot be written"),
-    ("--image_root none", "the image folder none"), ("--output {questions}", "answers another question")])
+    ("--image_root none", "the image folder none"), ("--image_root /", "answers another question"),
+    ("--output .", " is not readable: Is a directory"), ("--max_tiles 0", "--max_tiles is 0"),
+    ("--output {questions}", "answers another question")])
 def test_a_file_of_questions_that_cannot_be_answered_is_one_line(checkpoint, tmp_path, capsys, argv, message):
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "hi"}\n')
@@ -2316,6 +2343,41 @@ def test_a_file_of_questions_that_cannot_be_answered_is_one_line(checkpoint, tmp
     assert ask_file(checkpoint, questions, "a.jsonl", *argv.format(questions=questions).split())[0] == 1
     assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
     assert (questions.read_bytes(), (tmp_path / "a.jsonl").read_bytes()) == before
+
+
+def test_a_file_that_holds_no_answers_is_never_overwritten(checkpoint, tmp_path, capsys):
+    questions = tmp_path / "questions.jsonl"       # one line without an end looked like half an answer
+    questions.write_text('{"question": "hi"}')
+    assert ask_file(checkpoint, questions, "questions.jsonl")[0] == 1
+    assert "holds something else than answers" in capsys.readouterr().err
+    assert questions.read_text() == '{"question": "hi"}'
+
+
+def test_answers_of_a_checkpoint_that_was_written_anew_are_not_its_own(checkpoint, tmp_path, capsys):
+    folder, questions = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "hi"}\n')
+    for code in (0, 0, 1):
+        if code:
+            os.utime(folder / "config.json", (1, 1))
+        assert ask_file(str(folder), questions, "a.jsonl")[0] == code
+    assert "answers another question" in capsys.readouterr().err
+
+
+def test_a_long_neighbour_does_not_cut_an_answer(checkpoint, tmp_path, monkeypatch):
+    folder, questions = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "questions.jsonl"
+    config = json.loads((folder / "config.json").read_text())
+    config["llm_config"] |= {"max_position_embeddings": 420, "rope_scaling": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    asked, plain = [], MonoInternVL.generate
+
+    def generate(self, input_ids, *args, **kwargs):
+        asked.append(tuple(input_ids.shape))
+        return plain(self, input_ids, *args, **kwargs)
+    monkeypatch.setattr(MonoInternVL, "generate", generate)
+    questions.write_text("".join(json.dumps({"question": "hi " * n}) + "\n" for n in (2, 70, 1)))
+    code, records = ask_file(str(folder), questions, "a.jsonl", "--max_new_tokens", "60")
+    assert code == 0 and len(records) == 3 and [rows for rows, _ in asked] == [2, 1]
+    assert 420 - 60 < asked[1][1] < 420
 
 
 def test_too_little_memory_is_one_line_that_says_what_to_lower(checkpoint, tmp_path, monkeypatch, capsys):
