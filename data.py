@@ -844,7 +844,7 @@ def turns(*texts: str) -> list[dict]:
 
 def world_conversation(stage: str, rng: random.Random, split: str = "train"):
     """What stage S0, S1.1, S1.2, S1.3 or S2 learns from: a conversation, and its picture or None."""
-    kind = rng.choices(list(KINDS), (10, 1, 1, 1, 1))[0]
+    kind = rng.choices(list(KINDS), (10, 1, 1.5, 1, 1))[0]
     picture = make_picture(rng, kind, split)
     if stage == "S1.1":                            # web alt text: a sixth is another picture's, a sixth junk
         other = make_picture(rng, rng.choice(list(KINDS)), split).alt

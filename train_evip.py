@@ -104,13 +104,13 @@ RECIPES = {
         Stage("S1.1", CONCEPT, "visual", 4, 400, 1e-3, "constant", "922 M, 2e-4 constant (?)"),
         Stage("S1.2", SEMANTIC, "visual", 6, 1000, 1e-3, "constant", "258 M, 1e-4 (?)"),
         Stage("S1.3", ALIGN, "visual + attention", 12, 100, 1e-3, "constant", "143 M, 5e-5"),
-        Stage("S2", INSTRUCT, "all", 24, 3000, 1e-3, "cosine", "5-7 M, 4e-5 cosine")),
+        Stage("S2", INSTRUCT, "all", 24, 3600, 1e-3, "cosine", "5-7 M, 4e-5 cosine")),
     "evip++": (                                       # Mono-InternVL-1.5, with 58 % less data [v1.5]
         S0,
         Stage("S1.1", CONCEPT, "visual", 4, 100, 1e-3, "constant", "250 M (?)"),
         Stage("S1.2", SEMANTIC, "visual", 6, 500, 1e-3, "constant", "150 M (?)"),
         Stage("S1.3", ALIGN, "visual + attention", 12, 100, 1e-3, "constant", "150 M"),
-        Stage("S2", INSTRUCT, "all", 24, 3000, 1e-3, "cosine", "7 M")),
+        Stage("S2", INSTRUCT, "all", 24, 3600, 1e-3, "cosine", "7 M")),
 }
 
 # The real thing, on a node of GPUs: what the papers say, and [ours] where they leave it open: batches before
