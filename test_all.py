@@ -2149,7 +2149,8 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_chat(checkpoint, monk
     ("--model none", "none/config.json does not exist"), ("--model bare", "bare has no tokenizer.model"),
     ("--model cut", "model.safetensors is damaged"), ("--model small", "491 tokens, the model 488"),
     ("--temperature -1", "temperature is -1.0"), ("--temperature nan", "temperature is nan"),
-    ("--top_p 0", "top_p is 0.0"), ("--top_k 0", "top_k is 0"), ("--image ok.png --max_tiles 0", "max_tiles is 0")])
+    ("--top_p 0", "top_p is 0.0"), ("--top_k 0", "top_k is 0"),
+    ("--image ok.png --max_tiles 0", "max_tiles is 0")])
 def test_bad_input_is_one_line_on_stderr_and_exit_1(checkpoint, tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     write_bad_images(tmp_path)
