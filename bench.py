@@ -233,12 +233,13 @@ class Modular(MonoInternVL):
         return tiles * layers * (2 * n * 12 * 1024 ** 2 + 4 * n * n * 1024)
 
 
-def prefill_flop(c: MonoInternVLConfig, tokens: int, tiles: int) -> float:
-    """Multiplications and additions up to the first token's logits; one expert a token, causal attention."""
+def prefill_flop(c: MonoInternVLConfig, tokens: int, tiles: int, experts: int) -> float:
+    """Multiplications and additions up to the first token's logits; `experts` for each token (the dense back
+    end runs both), causal attention."""
     patches, dv = (c.image_size // c.patch_size) ** 2, c.vision_hidden_size
     vision = 2 * patches * c.num_channels * c.patch_size ** 2 * dv
     vision += 2 * c.tokens_per_tile * c.hidden_size * (dv * c.shuffle ** 2 + c.hidden_size)
-    layer = 2 * tokens * layer_weights(c) + 2 * tokens ** 2 * c.hidden_size
+    layer = 2 * experts * tokens * layer_weights(c) + 2 * tokens ** 2 * c.hidden_size
     return tiles * vision + c.num_hidden_layers * layer + 2 * c.vocab_size * c.hidden_size
 
 
@@ -302,81 +303,98 @@ def decoding(model, mode: str, cache: KVCache, batch: int, columns: int, steps: 
     return run
 
 
+def random_models(config: MonoInternVLConfig, dtype, device) -> tuple[MonoInternVL, Modular]:
+    """Ours and the modular counterpart, which share every tensor that both have: 2B fit into memory twice."""
+    with torch.device("meta"):
+        models = MonoInternVL(config), Modular(config)
+    weights = {}
+    for model in models:
+        for name, p in model.named_parameters():
+            if name not in weights:
+                weights[name] = torch.empty(p.shape, dtype=dtype, device=device)
+                weights[name].normal_(std=0.02) if p.ndim > 1 else weights[name].fill_(1)
+        model.load_state_dict(weights, strict=False, assign=True)          # the counterpart lacks some
+        model.eval().requires_grad_(False)
+    return models
+
+
 @torch.inference_mode()
 def infer(args) -> dict:
-    device, on_gpu, share = args.device, args.device == "cuda", args.layers / 24
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    torch.manual_seed(0)
+    share = args.layers / 24
     config = MonoInternVLConfig.mono_internvl_1_5_2b(
-        num_hidden_layers=args.layers, img_context_token_id=1000, vocab_size=8 * round(92553 * share / 8),
+        num_hidden_layers=args.layers, img_context_token_id=1000, vocab_size=round(92553 * share),
         vision_hidden_size=8 * round(1024 * share / 8))
-    result = {"bench": "infer", "hardware": hardware(device), "torch": torch.__version__, "device": device,
-              "layers": args.layers, "parameters": 0, "clock": "CPU time" if args.cpu_time else "wall time",
-              "ceilings": {}, "prefill": [], "decode": [], "text_only": [], "long_cache": []}
-    for dtype in [torch.bfloat16] if on_gpu else [torch.bfloat16, torch.float32]:
-        name, columns = str(dtype).removeprefix("torch."), lambda tiles: TEXT_TOKENS + tiles * TOKENS_PER_TILE
-        limit = result["ceilings"][name] = ceilings(device, dtype, args.seconds, clock)
-        models = {}
-        for kind in (MonoInternVL, Modular):       # empty, then random: nothing is initialised twice
-            with torch.device("meta"):
-                model = kind(config).eval().requires_grad_(False)
-            models[kind] = model.to(dtype).to_empty(device=device)
-            for p in model.parameters():
-                p.normal_(std=0.02) if p.ndim > 1 else p.fill_(1)
-        ours, modular = models.values()
-        result["parameters"] = sum(p.numel() for p in ours.parameters())
-        caches = {model: KVCache(config) for model in (ours, modular)}
-
-        # float32 on a CPU: only what the targets are about
-        tiles_of = args.tiles if on_gpu or dtype == torch.bfloat16 else [t for t in args.tiles if t in (2, 7)]
-        check_back_ends(ours, args.back_ends, config, device)
-        for batch in args.batches if on_gpu else [1]:
-            cases = {}
-            for tiles in tiles_of:
-                inputs = prompt(config, tiles, batch, device)
-                for back_end in args.back_ends:
-                    cases[tiles, back_end] = first_token(ours, back_end, caches[ours], *inputs)
-                if dtype == torch.bfloat16:
-                    cases[tiles, "modular"] = first_token(modular, "torch", caches[modular], *inputs)
-            for (tiles, _), run in cases.items():
-                if tiles == tiles_of[0]:
-                    run()                                                  # warms up
-            for (tiles, back_end), seconds in interleaved(cases, args.rounds, clock).items():
-                flop = prefill_flop(config, columns(tiles), tiles)
-                flop = batch * (flop + modular.flop(tiles) * (back_end == "modular"))
-                row = {"dtype": name, "batch": batch, "tiles": tiles, "tokens": columns(tiles),
-                       "back_end": back_end, **spread(seconds), "floor": flop / limit["matmul_tflops"] / 1e12}
-                result["prefill"].append(row)
-                print(f"{name} first token, batch {batch}, {tiles:2} tiles, {back_end:8}{row['seconds']:9.4f}"
-                      f" s ({row['floor'] / row['seconds']:.0%} of its floor)", flush=True)
-        for tokens in (64, 256):
-            ids = torch.randint(3, 1000, (1, tokens), device=device)
-            times = interleaved({kind: first_token(models[kind], "torch", caches[models[kind]], ids, None)
-                                 for kind in models}, 3 * args.rounds, clock)
-            row = {"dtype": name, "tokens": tokens, "seconds": statistics.median(times[MonoInternVL]),
-                   "plain_llm": statistics.median(times[Modular])}
-            result["text_only"].append(row)
-            print(f"{name} {tokens} text tokens: {row['plain_llm'] / row['seconds']:.3f} × the plain LLM's "
-                  "speed", flush=True)
-
-        modes = ["plain"] + ["graph", "graph + compile"] * on_gpu + ["compile"] * args.compile
-        for batch in args.batches:
-            cases = {(tiles, mode): decoding(ours, mode, caches[ours], batch, columns(tiles), args.steps)
-                     for tiles in tiles_of for mode in modes}
-            for (tiles, _), run in cases.items():
-                if tiles == tiles_of[0] or on_gpu:
-                    run()                                                  # captures, compiles
-            for (tiles, mode), seconds in interleaved(cases, 3 * args.rounds, clock).items():
-                read = decode_bytes(config, columns(tiles), batch, dtype.itemsize)
-                row = {"dtype": name, "batch": batch, "tiles": tiles, "columns": columns(tiles), "mode": mode,
-                       **spread([s / args.steps for s in seconds]), "floor": read / limit["copy_gb_s"] / 1e9}
-                result["decode"].append(row)
-                print(f"{name} decoding, batch {batch:2}, {columns(tiles):4} columns, {mode:15}"
-                      f"{batch / row['seconds']:9.2f} tokens/s ({row['floor'] / row['seconds']:.0%} of the "
-                      "floor)", flush=True)
-        result["long_cache"].append(row := {"dtype": name, **long_cache(ours, caches[ours], args, clock)})
-        print(f"{name} decoding at 2000 columns: {row['ratio']:.3f} × the time at 200, attention aside")
+    result = {"bench": "infer", "hardware": hardware(args.device), "torch": torch.__version__,
+              "device": args.device, "layers": args.layers, "parameters": 0,
+              "clock": "CPU time" if args.cpu_time else "wall time",
+              "ceilings": {}, "prefill": [], "decode": [], "text_only": [], "fused": [], "long_cache": []}
+    for dtype in [torch.bfloat16] if args.device == "cuda" else [torch.bfloat16, torch.float32]:
+        infer_in(dtype, config, args, result)
     return result
+
+
+def infer_in(dtype: torch.dtype, config: MonoInternVLConfig, args, result: dict) -> None:
+    """Appends to `result` what is measured in one dtype."""
+    device, on_gpu, name = args.device, args.device == "cuda", str(dtype).removeprefix("torch.")
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    limit = result["ceilings"][name] = ceilings(device, dtype, args.seconds, clock)
+    torch.manual_seed(0)
+    ours, modular = random_models(config, dtype, device)
+    result["parameters"] = sum(p.numel() for p in ours.parameters())
+    cache, columns = KVCache(config), lambda tiles: TEXT_TOKENS + tiles * TOKENS_PER_TILE
+    # float32 on a CPU: only what the targets are about
+    tiles_of = args.tiles if on_gpu or dtype == torch.bfloat16 else [t for t in args.tiles if t in (2, 7)]
+    check_back_ends(ours, args.back_ends, config, device)
+    for batch in args.batches if on_gpu else [1]:
+        cases = {}
+        for tiles in tiles_of:
+            inputs = prompt(config, tiles, batch, device)
+            for back_end in args.back_ends:
+                cases[tiles, back_end] = first_token(ours, back_end, cache, *inputs)
+            if dtype == torch.bfloat16:
+                cases[tiles, "modular"] = first_token(modular, "torch", cache, *inputs)
+        for (tiles, _), run in cases.items():
+            if tiles == tiles_of[0]:
+                run()                                                      # warms up
+        for (tiles, back_end), seconds in interleaved(cases, args.rounds, clock).items():
+            flop = prefill_flop(config, columns(tiles), tiles, experts=1 + (back_end == "dense"))
+            flop = batch * (flop + modular.flop(tiles) * (back_end == "modular"))
+            row = {"dtype": name, "batch": batch, "tiles": tiles, "tokens": columns(tiles),
+                   "back_end": back_end, **spread(seconds), "floor": flop / limit["matmul_tflops"] / 1e12}
+            result["prefill"].append(row)
+            print(f"{name} first token, batch {batch}, {tiles:2} tiles, {back_end:8}{row['seconds']:9.4f}"
+                  f" s ({row['floor'] / row['seconds']:.0%} of its floor)", flush=True)
+    for tokens in (64, 256):
+        ids = torch.randint(3, 1000, (1, tokens), device=device)
+        times = interleaved({model: first_token(model, "torch", cache, ids, None)
+                             for model in (ours, modular)}, 3 * args.rounds, clock)
+        row = {"dtype": name, "tokens": tokens, "seconds": statistics.median(times[ours]),
+               "plain_llm": statistics.median(times[modular])}
+        result["text_only"].append(row)
+        print(f"{name} {tokens} text tokens: {row['plain_llm'] / row['seconds']:.3f} × the plain LLM's speed",
+              flush=True)
+
+    modes = ["plain"] + ["graph", "graph + compile"] * on_gpu + ["compile"] * args.compile
+    for batch in args.batches:
+        cases = {(tiles, mode): decoding(ours, mode, cache, batch, columns(tiles), args.steps)
+                 for tiles in tiles_of for mode in modes}
+        for (tiles, _), run in cases.items():
+            if tiles == tiles_of[0] or on_gpu:
+                run()                                                      # captures, compiles
+        for (tiles, mode), seconds in interleaved(cases, 3 * args.rounds, clock).items():
+            read = decode_bytes(config, columns(tiles), batch, dtype.itemsize)
+            row = {"dtype": name, "batch": batch, "tiles": tiles, "columns": columns(tiles), "mode": mode,
+                   **spread([s / args.steps for s in seconds]), "floor": read / limit["copy_gb_s"] / 1e9}
+            result["decode"].append(row)
+            print(f"{name} decoding, batch {batch:2}, {columns(tiles):4} columns, {mode:15}"
+                  f"{batch / row['seconds']:9.2f} tokens/s ({row['floor'] / row['seconds']:.0%} of the "
+                  "floor)", flush=True)
+    result["long_cache"].append(row := {"dtype": name, **long_cache(ours, cache, args, clock)})
+    print(f"{name} decoding at 2000 columns: {row['ratio']:.3f} × the time at 200, attention aside")
+    for tokens in (1, columns(2)):
+        result["fused"].append(row := {"dtype": name, "tokens": tokens,
+                                       **fused_weights(ours, tokens, args, clock)})
+        print(f"{name} w1 and w3 as one matrix, {tokens} tokens: {row['ratio']:.3f} × the speed of two")
 
 
 def check_back_ends(model, back_ends, config, device):
@@ -415,6 +433,27 @@ def long_cache(model, cache: KVCache, args, clock) -> dict:
             "attention_2000": times[2000, "attention"] / args.steps, "ratio": rest[2000] / rest[200]}
 
 
+def fused_weights(model, tokens: int, args, clock) -> dict:
+    """Seconds of a layer's first two products, as they are and with w1 and w3 in one matrix."""
+    experts = [layer.feed_forward for layer in model.language_model.model["layers"][:4]]
+    fused = [torch.cat([e.w1.weight, e.w3.weight]) for e in experts]
+    x = torch.randn(tokens, experts[0].w1.in_features, dtype=fused[0].dtype, device=fused[0].device)
+
+    def two():
+        for e in experts:
+            e.w1(x), e.w3(x)
+        torch.cuda.synchronize() if x.is_cuda else None
+
+    def one():
+        for w in fused:
+            nn.functional.linear(x, w)
+        torch.cuda.synchronize() if x.is_cuda else None
+    two(), one()                                                           # warms up
+    times = interleaved({"two": two, "one": one}, 9 * args.rounds, clock)
+    two, one = (statistics.median(t) / len(experts) for t in times.values())
+    return {"two": two, "one": one, "ratio": two / one}
+
+
 def infer_markdown(result: dict) -> str:
     """The README's tables: medians, quartiles in brackets; floor: the share of it that was reached."""
     def cell(r, scale):
@@ -444,6 +483,7 @@ def infer_markdown(result: dict) -> str:
         f"({result['parameters'] / 1e6:.0f} M parameters), {result['clock']}.", "",
         *table(result["prefill"], "back_end", "s", {
             "dense / torch": lambda g: f"{g['dense']['seconds'] / g['torch']['seconds']:.2f}",
+            "at most": lambda g: f"{g['dense']['floor'] / g['torch']['floor']:.2f}",
             "less than modular": lambda g: "–" if "modular" not in g else
             f"{1 - best(g)['seconds'] / g['modular']['seconds']:.0%}",
             "floor": floor}, 1), "",
@@ -452,7 +492,9 @@ def infer_markdown(result: dict) -> str:
         *[f"Text alone, {r['dtype']}, {r['tokens']} tokens: {r['plain_llm'] / r['seconds']:.3f} × the speed "
           "of the plain LLM." for r in result["text_only"]],
         *[f"A step at 2,000 cached tokens, {r['dtype']}: {r['ratio']:.2f} × one at 200, attention's own part "
-          "aside." for r in result["long_cache"]]])
+          "aside." for r in result["long_cache"]],
+        *[f"w1 and w3 as one matrix, {r['dtype']}, {r['tokens']} tokens: {r['ratio']:.2f} × the speed of two."
+          for r in result["fused"]]])
 
 
 def plot_infer(result: dict, path: str):

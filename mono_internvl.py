@@ -300,7 +300,8 @@ def routed(x: Tensor, text_expert, visual_expert, routing: Routing | None) -> Te
         text_rows, visual_rows = routing.split
         text = text_expert(flat.index_select(0, text_rows))
         visual = visual_expert(flat.index_select(0, visual_rows))
-        y = text.new_zeros(len(flat), text.shape[-1])                      # pads stay zero
+        pads = len(text) + len(visual) < len(flat)                         # they stay zero
+        y = (text.new_zeros if pads else text.new_empty)(len(flat), text.shape[-1])
         y.index_copy_(0, text_rows, text).index_copy_(0, visual_rows, visual)
     return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -2430,8 +2430,10 @@ def test_the_modular_counterpart_is_an_encoder_before_the_same_llm():
     assert 300e6 < sum(p.numel() for p in full.encoder.parameters()) < 310e6
     plain = {n: p.shape for n, p in ours.language_model.named_parameters() if "_ve." not in n}
     assert plain == {n: p.shape for n, p in full.language_model.named_parameters()}
-    ours, modular = MonoInternVL(config), bench.Modular(config).eval()
-    modular.language_model.load_state_dict(ours.language_model.state_dict(), strict=False)
+    ours, modular = bench.random_models(config, torch.float32, "cpu")
+    places, names = {p.data_ptr() for p in ours.parameters()}, dict(modular.named_parameters())
+    own = {n for n, p in names.items() if p.data_ptr() not in places}
+    assert own == {n for n in names if n.startswith(("patches.", "encoder."))}
     assert_close(modular(PROMPTS)[0], ours(PROMPTS)[0])
     seen = []
     record(modular.encoder, seen)
@@ -2452,6 +2454,9 @@ def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypat
                             ("float32", 2, "dense"), ("float32", 2, "torch")}
     assert {(r["dtype"], r["batch"], r["columns"]) for r in result["decode"]} == {
         *itertools.product(["bfloat16"], [1, 2], [68, 72]), ("float32", 1, 72), ("float32", 2, 72)}
+    assert [(r["dtype"], r["tokens"]) for r in result["fused"]] == [
+        *itertools.product(["bfloat16", "float32"], [1, 72])]
+    assert all(r["two"] > 0 and r["one"] > 0 and r["ratio"] == r["two"] / r["one"] for r in result["fused"])
     for row in result["prefill"] + result["decode"]:
         assert 0 < row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1] and row["floor"] > 0
     tables = [line for line in out.splitlines() if line.startswith("| ")]
