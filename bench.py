@@ -294,7 +294,7 @@ def decoding(model, mode: str, cache: KVCache, batch: int, columns: int, steps: 
         model.cuda_graphs, model.compile_decode = "graph" in mode, "compile" in mode
         cache.reserve(batch, columns + steps, weight.dtype, weight.device)
         cache.truncate(0)
-        cache.length, cache.written = columns, columns + steps
+        cache.length = columns
         cache.real[:, :columns] = True
         token = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         for _ in range(steps):

@@ -1,11 +1,13 @@
 """Mono-InternVL and Mono-InternVL-1.5: one decoder-only transformer that reads image patches and text.
 
 Read top to bottom: configuration, vision embedding, routing, its CUDA back end (may be skipped at a first
-reading), the modality mixture-of-experts, the decoder, the whole model with generation, loading and saving.
+reading), the modality mixture-of-experts, the decoder and its cache, what generation and checkpoints need,
+the whole model with generation, loading and saving.
 
 Sources: [v1] arXiv 2410.08202, [v1.5] arXiv 2507.12566, [repo] the official code (OpenGVLab/Mono-InternVL),
 [ours] our choice where those are silent. Shapes: B rows, T tokens, D hidden size, H heads, KV key/value
-heads, hd head size, V vocabulary, S tile side in pixels, N = B·T tokens of the batch laid end to end.
+heads, hd head size, V vocabulary, S tile side in pixels, Dv channels of a patch, N = B·T tokens of the batch
+laid end to end, K -> M widths of a linear. Names with _ve belong to the visual expert [repo].
 """
 import contextlib
 import ctypes
@@ -36,6 +38,26 @@ class InputError(ValueError):
 
 
 # ---------------------------------------------------------------- configuration
+
+def read_json(path: str | Path, if_missing: str = "") -> dict:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist{if_missing}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not readable JSON: {e}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object of named fields")
+    return content
+
+
+def _check_llm(llm: dict, path):
+    """Refuses an LLM that needs what the architecture here leaves out."""
+    for name, supported in (("hidden_act", "silu"), ("bias", False), ("attention_bias", False),
+                            ("mlp_bias", False), ("tie_word_embeddings", False)):
+        if llm.get(name, supported) != supported:
+            raise InputError(f"{path}: the LLM's {name} is {llm[name]!r}, supported is {supported!r}")
+
 
 @dataclass
 class MonoInternVLConfig:
@@ -169,8 +191,7 @@ class MonoInternVLConfig:
             raise InputError(f"{path}: model_type {llm.get('model_type')!r} is not 'internlm2' or 'llama'")
         # a Llama's embedding may be its head as well: here it becomes two tensors
         _check_llm({**llm, "tie_word_embeddings": False} if llm["model_type"] == "llama" else llm, path)
-        if llm.get("num_key_value_heads") is None:
-            llm["num_key_value_heads"] = llm.get("num_attention_heads")
+        llm["num_key_value_heads"] = llm.get("num_key_value_heads") or llm.get("num_attention_heads")
         # rope_theta and rope_scaling: side by side, or, in newer files, together in rope_parameters
         rope = llm.get("rope_parameters") or llm.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -197,26 +218,6 @@ class MonoInternVLConfig:
             path = self._PATHS.get(name, (name,))
             (official if len(path) == 1 else official[path[0]])[path[-1]] = value
         return json.dumps(official, indent=2)
-
-
-def read_json(path: str | Path, if_missing: str = "") -> dict:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist{if_missing}") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not readable JSON: {e}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object of named fields")
-    return content
-
-
-def _check_llm(llm: dict, path):
-    """Refuses an LLM that needs what the architecture here leaves out."""
-    for name, supported in (("hidden_act", "silu"), ("bias", False), ("attention_bias", False),
-                            ("mlp_bias", False), ("tie_word_embeddings", False)):
-        if llm.get(name, supported) != supported:
-            raise InputError(f"{path}: the LLM's {name} is {llm[name]!r}, supported is {supported!r}")
 
 
 # ---------------------------------------------------------------- vision embedding: pixels to visual tokens
@@ -266,7 +267,7 @@ class Routing:
         if backend not in ("auto", "dense", "torch", "cuda"):
             raise InputError(f"unknown MoE back end {backend!r}; choose auto, dense, torch or cuda")
         # auto stays torch on every device until a GPU has measured where cuda is the faster one.
-        if backend == "auto" or backend == "cuda" and kernel_library(visual.device) is None:   # it said why
+        if backend == "auto" or backend == "cuda" and kernel_library(visual.device) is None:   # it has warned
             backend = "torch"
         self.backend = backend
         expert = visual.reshape(-1).to(torch.uint8)                        # (N,) 0 text, 1 visual, 2 pad
@@ -408,8 +409,8 @@ def kernel_route(labels: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("mono_internvl::moe_linear", mutates_args=())
 def kernel_linear(x: Tensor, w_text: Tensor, w_visual: Tensor, rows: Tensor, counts: Tensor,
                   residual: Tensor | None, gather: bool, scatter: bool, tile: int) -> Tensor:
-    """x (N, K), weights (M, K) -> (N, M). x is in routed order unless gather, y unless scatter. tile: 0, or
-    an `enum Choice` of moe_kernel.cu."""
+    """x (N, K), weights (M, K) -> (N, M). x is in routed order unless gather, y unless scatter. tile: 0 lets
+    moe_kernel.cu choose, else its `enum Choice`."""
     y, rows = x.new_empty(len(x), len(w_text)), plain(rows)
     launch_kernel("mmoe_linear", x.device, *map(plain, (x, w_text, w_visual, residual)), y,
                   rows if gather else None, rows if scatter else None, plain(counts), *x.shape, len(w_text),
@@ -606,39 +607,34 @@ class KVCache:
     columns) bool: False at pads, and beyond length. A layer writes at the columns `write` (T,) and attends
     to the first `visible` ones.
     """
-    # A decoding step sees whole blocks of columns: few shapes, so few CUDA graphs. A CPU captures nothing.
+    # A decoding step sees whole blocks of columns: few shapes, so few CUDA graphs. A CPU has none to save.
     BLOCKS = {"cpu": 32, "cuda": 512}
 
     def __init__(self, config: MonoInternVLConfig):
-        self.c, self.length = config, 0
+        self.c, self.length, self.visible = config, 0, 0
         self.keys = self.values = self.real = None
         self.ids, self.tiles = [], None            # what stands in the columns, if there is one row
         self.padded = False                        # is there a pad in any row?
         self.reused = 0                            # columns of the last prompt that were there already
-        self.written = 0                           # columns that ever held something
 
     def reserve(self, rows: int, columns: int, dtype: torch.dtype, device) -> None:
         """Makes room, and keeps what there is if it has to move."""
-        c, old = self.c, (self.keys, self.values, self.real)
-        fits = self.keys is not None and (self.keys.dtype, self.keys.device) == (dtype, torch.device(device))
-        if fits and rows <= len(self.real) and columns <= self.real.shape[1]:
+        c, device = self.c, torch.device(device)
+        if self.keys is None or (self.keys.dtype, self.keys.device) != (dtype, device):
+            shape = (c.num_hidden_layers, 0, c.num_key_value_heads, 0, c.head_dim)
+            self.keys = self.values = torch.empty(shape, dtype=dtype, device=device)
+            self.real, self.length = torch.empty(0, 0, dtype=torch.bool, device=device), 0
+        old_rows, width = self.real.shape
+        if rows <= old_rows and columns <= width:
             return
-        if fits:
-            rows, width = max(rows, len(self.real)), self.real.shape[1]
-            # the next turn will need more still
-            columns = max(columns, min(2 * width, c.context_length)) if columns > width else width
-        else:
-            self.length = self.written = 0
-        self.block = self.BLOCKS.get(torch.device(device).type, 32)
-        columns = -(-columns // self.block) * self.block
+        if width and columns > width:              # the next turn will need more still
+            columns = max(columns, min(2 * width, c.context_length))
+        self.block = self.BLOCKS.get(device.type, 32)
+        rows, columns = max(rows, old_rows), -(-max(columns, width) // self.block) * self.block
         # zeros, as a masked column still takes part in 0 · value: there may be no NaN
-        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, columns, c.head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.real = torch.zeros(rows, columns, dtype=torch.bool, device=device)
-        if self.length:
-            for new, t in ((self.keys, old[0]), (self.values, old[1])):
-                new[:, :t.shape[1], :, :self.length] = t[:, :, :, :self.length]
-            self.real[:len(old[2]), :self.length] = old[2][:, :self.length]
+        room = (0, 0, 0, columns - width, 0, 0, 0, rows - old_rows)
+        self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
+        self.real = F.pad(self.real, (0, columns - width, 0, rows - old_rows))
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)    # what a captured step reads
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.graphs = {}                           # (step, rows, visible) -> CUDA graph, its logits
@@ -647,14 +643,14 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forgets all columns from `length` on, those of an interrupted step included."""
         for t in (self.keys, self.values):
-            t[:, :, :, length:self.written] = 0
+            t[:, :, :, length:self.visible] = 0
         self.real[:, length:] = False
-        self.ids, self.length, self.written = self.ids[:length], length, length
+        self.ids, self.length, self.visible = self.ids[:length], length, length
         self.padded = self.padded and length > 0
 
     def extend(self, rows: int, T: int, attention_mask: Tensor | None) -> Tensor | None:
         """T more columns of the first rows will be written: real (rows, length + T), None without any pad."""
-        self.visible = self.written = self.length + T
+        self.visible = self.length + T
         self.write = torch.arange(self.length, self.visible, device=self.keys.device)
         new = True if attention_mask is None else attention_mask.bool()
         self.real[:rows, self.length:self.visible] = new
@@ -681,7 +677,7 @@ class KVCache:
             self.real[hole] = self.real[row]
         return order
 
-    def matches(self, input_ids: Tensor, pixel_values: Tensor | None,
+    def common_prefix(self, input_ids: Tensor, pixel_values: Tensor | None,
                 attention_mask: Tensor | None) -> tuple[int, int]:
         """How many columns, and how many tiles in them, hold the beginning of this prompt already."""
         c, (B, T), same, tiles = self.c, input_ids.shape, 0, 0
@@ -716,7 +712,7 @@ class Attention(nn.Module):
         width = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
         self.wqkv = nn.Linear(c.hidden_size, width, bias=False)
         self.wo = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
-        if c.attn_experts in ("qkv", "qkvo"):
+        if c.attn_experts:
             self.wqkv_ve = nn.Linear(c.hidden_size, width, bias=False)
         if c.attn_experts == "qkvo":
             self.wo_ve = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
@@ -818,15 +814,6 @@ class InternLM2(nn.Module):
             kv_cache.length += T
         return x
 
-    def decode(self, x: Tensor, kv_cache: KVCache, visible: int) -> Tensor:
-        """One more text token a row, x (B, 1, D) -> (B, 1, D). Column and positions are read on the device,
-        and shapes are those of `visible` columns: a CUDA graph can hold this step and replay it."""
-        kv_cache.write, kv_cache.visible = kv_cache.column, visible
-        kv_cache.real[:len(x)].index_fill_(1, kv_cache.column, True)
-        real = kv_cache.real[:len(x), :visible]                            # (B, visible)
-        lengths = real.sum(1)
-        return self.run_layers(x, lengths[:, None] - 1, lengths, real[:, None, None], None, kv_cache)
-
     def run_layers(self, x, positions, lengths, mask, routing, kv_cache) -> Tensor:
         rope = rope_tables(self.c, positions, lengths, x.dtype)
         for layer in self.model.layers:
@@ -835,6 +822,115 @@ class InternLM2(nn.Module):
             else:
                 x = layer(x, rope, mask, routing, kv_cache)
         return self.model.norm(x)
+
+
+# ---------------------------------------------------------------- generation: steps as graphs, sampling
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function, fullgraph=True)
+
+
+def capture(step, inputs: tuple, pool):
+    """step(*inputs) as a CUDA graph, and its result: one tensor, which every replay fills anew. Graphs that
+    never run at the same time may share a pool of memory."""
+    with torch.cuda.device(inputs[1].device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(*inputs)                          # libraries choose their kernels before the capture
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = step(*inputs)
+    return graph, result
+
+
+def sample_token(logits, seen, temperature, top_k, top_p, repetition_penalty, generators) -> Tensor:
+    """Next tokens (B,) from logits (B, V): penalty, temperature, top-k, top-p, in Hugging Face's order.
+    generators: one a row, None is the global one. Without a device→host sync, which torch.multinomial has."""
+    if repetition_penalty != 1.0:
+        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None and top_p < 1:           # the smallest set of tokens whose probability reaches top_p
+        p, order = logits.softmax(-1).sort(descending=True)
+        late = p.cumsum(-1) - p >= top_p
+        logits = logits.masked_fill(late.scatter(1, order, late), -torch.inf)
+    # of waiting times with rates p, the shortest is number i with probability p_i
+    waiting = torch.stack([torch.empty_like(row).exponential_(generator=g)
+                           for row, g in zip(logits, generators, strict=True)])
+    return (logits.softmax(-1) / waiting).argmax(-1)
+
+
+# ---------------------------------------------------------------- the files of a checkpoint
+
+def _img_context_token_id(folder: Path) -> int | None:
+    """From added_tokens.json or, where that is missing, from tokenizer_config.json; None without either."""
+    if (folder / "added_tokens.json").exists():
+        return read_json(folder / "added_tokens.json").get("<IMG_CONTEXT>")
+    if (folder / "tokenizer_config.json").exists():
+        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+        for i, token in decoder.items() if isinstance(decoder, dict) else ():
+            if isinstance(token, dict) and token.get("content") == "<IMG_CONTEXT>" and i.isdecimal():
+                return int(i)
+    return None
+
+
+LLAMA_NAMES = {"model.embed_tokens": "model.tok_embeddings", "lm_head": "output",
+               "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+               "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
+               "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2"}
+
+
+def _from_llama(tensors: dict[str, Tensor], c: MonoInternVLConfig, folder) -> dict[str, Tensor]:
+    """A Llama's tensors under InternLM2's names; q, k and v become the rows (kv_head, [q × group, k, v],
+    head_dim) of wqkv. Both models rotate halves of a head, so nothing else changes."""
+    if "lm_head.weight" not in tensors:            # tied: the embedding is the head
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+    for i in range(c.num_hidden_layers):
+        names = [f"model.layers.{i}.self_attn.{part}_proj.weight" for part in "qkv"]
+        parts = [tensors.pop(name, None) for name in names]
+        if any(p is None or p.shape != (n * c.head_dim, c.hidden_size)
+               for p, n in zip(parts, heads, strict=True)):
+            raise InputError(f"{folder}: {names[0]} or its k_proj, v_proj is missing or of another size")
+        parts = [p.unflatten(0, (c.num_key_value_heads, -1, c.head_dim)) for p in parts]
+        tensors[f"model.layers.{i}.attention.wqkv.weight"] = torch.cat(parts, 1).flatten(0, 2)
+    for theirs, ours in LLAMA_NAMES.items():
+        tensors = {name.replace(theirs, ours): t for name, t in tensors.items()}
+    return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}    # old files
+
+
+def _read_tensors(folder: str | Path, dtype: torch.dtype | None, device) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    folder = Path(folder)
+    files = ["model.safetensors"]
+    if (folder / "model.safetensors.index.json").exists():
+        index = folder / "model.safetensors.index.json"
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or any(Path(str(f)).name != f for f in weight_map.values()):
+            raise InputError(f"{index}: no weight_map of tensor names to file names")
+        files = sorted(set(weight_map.values()))
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(folder / file, "pt", device=str(device)) as f:
+                for name in f.keys():
+                    tensors[name] = f.get_tensor(name)
+                    if dtype is not None:
+                        tensors[name] = tensors[name].to(dtype)
+        except FileNotFoundError:
+            raise InputError(f"{folder / file} does not exist; expected model.safetensors or "
+                             "all shards of its index") from None
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{folder / file} is damaged or cut short: {e}") from None
+    return tensors
 
 
 # ---------------------------------------------------------------- the whole model
@@ -880,7 +976,7 @@ class MonoInternVL(nn.Module):
 
     def route(self, input_ids: Tensor, attention_mask: Tensor | None,
               has_images: bool) -> Routing | None:
-        """None when every token is real text: then the model is the plain LLM, at its speed."""
+        """None without images and without a mask: then the model is the plain LLM, at its speed."""
         if not has_images and attention_mask is None:
             return None
         visual = input_ids == (self.config.img_context_token_id if has_images else -1)
@@ -908,7 +1004,7 @@ class MonoInternVL(nn.Module):
             return self.language_model.output(hidden), None
         supervised = labels[:, 1:] != -100                                 # position t predicts token t + 1
         if document_ids is not None:
-            supervised &= document_ids[:, 1:] == document_ids[:, :-1]      # but no other document's first
+            supervised &= document_ids[:, 1:] == document_ids[:, :-1]      # the last of one predicts nothing
         logits = self.language_model.output(hidden[:, :-1][supervised])    # (supervised, V)
         if not len(logits) and reduction == "mean":
             return None, hidden.sum() * 0  # a mean over nothing, gradient zero
@@ -926,6 +1022,9 @@ class MonoInternVL(nn.Module):
         if low < 0 or high >= c.vocab_size:
             raise InputError(f"input_ids reach from {low} to {high}, the model knows {c.vocab_size} tokens; "
                              "is this its tokenizer?")
+        if labels is not None and (labels.dtype != torch.int64 or labels.max() >= c.vocab_size):
+            raise InputError(f"labels is {labels.dtype} and reaches {labels.max()}, expected int64 token ids "
+                             f"below {c.vocab_size}, or -100")
         if pixel_values is None:
             if c.img_context_token_id is not None and (input_ids == c.img_context_token_id).any():
                 raise InputError("input_ids holds <IMG_CONTEXT> tokens, but there are no pixel_values")
@@ -947,7 +1046,7 @@ class MonoInternVL(nn.Module):
         """Reads the prompt into the cache, `chunk` tokens at a time; what the cache holds already is not read
         again. Returns the logits (B, V) of the next token: the head runs on the last position only."""
         T, image_token = input_ids.shape[1], self.config.img_context_token_id
-        past, tiles = kv_cache.matches(input_ids, pixel_values, attention_mask)
+        past, tiles = kv_cache.common_prefix(input_ids, pixel_values, attention_mask)
         kv_cache.truncate(past)
         kv_cache.reused = past
         x = self.embed(input_ids[:, past:], None if pixel_values is None else pixel_values[tiles:])
@@ -965,10 +1064,15 @@ class MonoInternVL(nn.Module):
             kv_cache.tiles = None if pixel_values is None else pixel_values.clone()
         return self.language_model.output(hidden[:, -1]).float()
 
-    def decode_step(self, token: Tensor, kv_cache: KVCache, visible: int) -> Tensor:
-        """token (B, 1) -> logits (B, V) of the next. A generated token is text: no routing, plain linears."""
-        x = self.language_model.model.tok_embeddings(token)
-        return self.language_model.output(self.language_model.decode(x, kv_cache, visible)[:, -1]).float()
+    def decode_step(self, token: Tensor, kv_cache: KVCache) -> Tensor:
+        """token (B, 1) -> logits (B, V) of the next. A generated token is text: no routing. Its column and
+        position are read on the device, shapes are those of `visible` columns: a CUDA graph can replay it."""
+        lm = self.language_model
+        kv_cache.real[:len(token)].index_fill_(1, kv_cache.column, True)
+        real = kv_cache.real[:len(token), :kv_cache.visible]               # (B, visible)
+        lengths, x = real.sum(1), lm.model.tok_embeddings(token)
+        x = lm.run_layers(x, lengths[:, None] - 1, lengths, real[:, None, None], None, kv_cache)
+        return lm.output(x[:, -1]).float()
 
     @torch.inference_mode()
     def decode(self, token: Tensor, kv_cache: KVCache) -> Tensor:
@@ -977,9 +1081,9 @@ class MonoInternVL(nn.Module):
         rows, visible = len(token), (kv_cache.length // kv_cache.block + 1) * kv_cache.block
         kv_cache.token[:rows, 0] = token
         kv_cache.column.fill_(kv_cache.length)
-        kv_cache.written = kv_cache.length + 1
+        kv_cache.write, kv_cache.visible = kv_cache.column, visible
         step = compiled(MonoInternVL.decode_step) if self.compile_decode else MonoInternVL.decode_step
-        inputs = self, kv_cache.token[:rows], kv_cache, visible
+        inputs = self, kv_cache.token[:rows], kv_cache
         if self.cuda_graphs and kv_cache.pool is not None:
             if (step, rows, visible) not in kv_cache.graphs:
                 kv_cache.graphs[step, rows, visible] = capture(step, inputs, kv_cache.pool)
@@ -990,7 +1094,7 @@ class MonoInternVL(nn.Module):
         kv_cache.length += 1
         return logits
 
-    @torch.inference_mode()
+    @torch.no_grad()                               # not inference_mode: what is yielded may be trained on
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                  attention_mask: Tensor | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
@@ -1054,8 +1158,8 @@ class MonoInternVL(nn.Module):
             if step + 1 == max_new_tokens or not keep:
                 return
             # Rows that ended leave the batch; where each size needs a graph of its own, only by halves.
-            each = cache.pool is None or not self.cuda_graphs
-            if len(keep) < len(running) and (each or len(keep) <= len(running) // 2):
+            any_size = cache.pool is None or not self.cuda_graphs
+            if len(keep) < len(running) and (any_size or len(keep) <= len(running) // 2):
                 order = cache.keep(keep)
                 running, token, seen = [running[i] for i in order], token[order], seen[order]
             if B == 1:
@@ -1092,7 +1196,7 @@ class MonoInternVL(nn.Module):
         sizes = MonoInternVLConfig.from_llm(folder, attn_experts="qkvo")
         config = config or sizes
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "rms_norm_eps", "rope_theta"):
+                     "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling"):
             if getattr(config, name) != getattr(sizes, name):
                 raise InputError(f"{folder} has {name} = {getattr(sizes, name)}, "
                                  f"the config {getattr(config, name)}")
@@ -1107,10 +1211,8 @@ class MonoInternVL(nn.Module):
                 tensors[name] = torch.cat([old, mean.expand(config.vocab_size - len(old), -1)])
         with torch.device("meta"):
             model = cls(config)
-        for name in model.state_dict():
-            text = name.replace("_ve.", ".")
-            if name != text and text in tensors:
-                tensors[name] = tensors[text].clone()
+        tensors |= {name: tensors[text].clone() for name in model.state_dict() if "_ve." in name
+                    if (text := name.replace("_ve.", ".")) in tensors}
         # a model with next to no LLM, for its random vision embedding and mlp1
         vision = cls(replace(config, num_hidden_layers=1, intermediate_size=1, attn_experts="",
                              vocab_size=1 + (config.img_context_token_id or 0)))
@@ -1122,10 +1224,9 @@ class MonoInternVL(nn.Module):
     @torch.no_grad()
     def copy_text_experts(self) -> "MonoInternVL":
         """Every visual expert becomes a copy of its text expert: vision starts from what the LLM knows."""
-        weights = dict(self.named_parameters())
-        for name, weight in weights.items():
+        for name, weight in self.named_parameters():
             if "_ve." in name:
-                weight.copy_(weights[name.replace("_ve.", ".")])
+                weight.copy_(self.get_parameter(name.replace("_ve.", ".")))
         return self
 
     def _assign(self, tensors: dict[str, Tensor], source):
@@ -1187,113 +1288,3 @@ class MonoInternVL(nn.Module):
         total = sum(sizes.values())
         return {"total": total, "text": total - sum(sizes[name] for name in not_for_text),
                 "visual": total - sum(sizes[name] for name in text_experts)}
-
-
-@functools.cache
-def compiled(function):
-    return torch.compile(function, fullgraph=True)
-
-
-def capture(step, inputs: tuple, pool):
-    """step(*inputs) as a CUDA graph, and its result: one tensor, which every replay fills anew. Graphs that
-    never run at the same time may share a pool of memory."""
-    with torch.cuda.device(inputs[1].device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step(*inputs)                          # libraries choose their kernels before the capture
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            result = step(*inputs)
-    return graph, result
-
-
-def sample_token(logits, seen, temperature, top_k, top_p, repetition_penalty, generators) -> Tensor:
-    """Next tokens (B,) from logits (B, V): penalty, temperature, top-k, top-p, in Hugging Face's order.
-    generators: one a row, None is the global one. Without a device→host sync, which torch.multinomial has."""
-    if repetition_penalty != 1.0:
-        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen, penalised, logits)
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:                         # the smallest set of tokens whose probability reaches top_p
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
-    # of waiting times with rates p, the shortest is number i with probability p_i
-    waiting = torch.stack([torch.empty_like(row).exponential_(generator=g)
-                           for row, g in zip(logits, generators, strict=True)])
-    return (logits.softmax(-1) / waiting).argmax(-1)
-
-
-def _img_context_token_id(folder: Path) -> int | None:
-    """From added_tokens.json or, where that is missing, from tokenizer_config.json; None without either."""
-    if (folder / "added_tokens.json").exists():
-        return read_json(folder / "added_tokens.json").get("<IMG_CONTEXT>")
-    if (folder / "tokenizer_config.json").exists():
-        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-        for i, token in decoder.items() if isinstance(decoder, dict) else ():
-            if isinstance(token, dict) and token.get("content") == "<IMG_CONTEXT>" and i.isdecimal():
-                return int(i)
-    return None
-
-
-LLAMA_NAMES = {"model.embed_tokens": "model.tok_embeddings", "lm_head": "output",
-               "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-               "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
-               "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2"}
-
-
-def _from_llama(tensors: dict[str, Tensor], c: MonoInternVLConfig, folder) -> dict[str, Tensor]:
-    """A Llama's tensors under InternLM2's names; q, k and v become the rows (kv_head, [q × group, k, v],
-    head_dim) of wqkv. Both models rotate halves of a head, so nothing else changes."""
-    if "lm_head.weight" not in tensors:            # tied: the embedding is the head
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    converted = {}
-    for name, t in tensors.items():
-        if "_proj.weight" in name and ".self_attn." in name and ".o_proj." not in name:
-            if ".q_proj." not in name:
-                continue
-            parts = [tensors.get(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-            heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
-            if any(p is None or p.shape != (n * c.head_dim, c.hidden_size)
-                   for p, n in zip(parts, heads, strict=True)):
-                raise InputError(f"{folder}: {name} or its k_proj, v_proj is missing or of another size")
-            parts = [p.unflatten(0, (c.num_key_value_heads, -1, c.head_dim)) for p in parts]
-            name, t = name.replace("self_attn.q_proj", "attention.wqkv"), torch.cat(parts, 1).flatten(0, 2)
-        for theirs, ours in LLAMA_NAMES.items():
-            name = name.replace(theirs, ours)
-        if not name.endswith("rotary_emb.inv_freq"):                       # a buffer that old files hold
-            converted[name] = t
-    return converted
-
-
-def _read_tensors(folder: str | Path, dtype: torch.dtype | None, device) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists."""
-    folder = Path(folder)
-    files = ["model.safetensors"]
-    if (folder / "model.safetensors.index.json").exists():
-        index = folder / "model.safetensors.index.json"
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or any(Path(str(f)).name != f for f in weight_map.values()):
-            raise InputError(f"{index}: no weight_map of tensor names to file names")
-        files = sorted(set(weight_map.values()))
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(folder / file, "pt", device=str(device)) as f:
-                for name in f.keys():
-                    tensors[name] = f.get_tensor(name)
-                    if dtype is not None:
-                        tensors[name] = tensors[name].to(dtype)
-        except FileNotFoundError:
-            raise InputError(f"{folder / file} does not exist; expected model.safetensors or "
-                             "all shards of its index") from None
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{folder / file} is damaged or cut short: {e}") from None
-    return tensors

@@ -88,7 +88,6 @@ def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
     if len(tok) > model.config.vocab_size:
         raise InputError(f"{folder}: the tokenizer has {len(tok)} tokens, "
                          f"the model {model.config.vocab_size}")
-    model.config.img_context_token_id = tok.special_tokens.get("<IMG_CONTEXT>")  # not in official files
     model.moe, model.cuda_graphs, model.compile_decode = flags.moe, flags.cuda_graphs, flags.compile
     return model
 
@@ -352,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             ids, _ = encode_conversation(tok, turns(with_marks(flags.prompt, len(images))),
                                          [len(t) for t in images], config.tokens_per_tile)
-            respond(model, tok, ids, images, flags, KVCache(config))
+            respond(model, tok, ids, images, flags, KVCache(model.config))
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

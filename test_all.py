@@ -848,6 +848,13 @@ def test_tokens_come_as_one_int64_per_row_and_as_many_as_asked():
         assert len(tokens) == n and all(t.shape == (2,) and t.dtype == torch.int64 for t in tokens)
 
 
+def test_what_was_generated_can_be_trained_on():
+    model = tiny()
+    answer = torch.stack(list(model.generate(PROMPTS, max_new_tokens=4)), 1)
+    model(torch.cat([PROMPTS, answer], 1), labels=torch.cat([PROMPTS, answer], 1))[1].backward()
+    assert model.language_model.output.weight.grad.abs().sum() > 0
+
+
 def test_top_k_of_one_is_greedy_and_a_mask_of_ones_is_no_mask():
     model = tiny()
     greedy = stream(model, PROMPTS, max_new_tokens=8)
@@ -983,7 +990,8 @@ def test_a_sampling_value_out_of_range_is_named(option):
     (dict(pixel_values=torch.zeros(1, 3, 6, 6)), "multiple of 4"),
     (dict(pixel_values=torch.zeros(1, 3, 4, 4, dtype=torch.uint8)), "uint8"),
     (dict(attention_mask=torch.ones(1, 3)), "attention_mask is"),
-    (dict(labels=torch.ones(1, 1)), "labels is")])
+    (dict(labels=torch.ones(1, 1)), "labels is"), (dict(labels=torch.ones(1, 2)), "labels is torch.float32"),
+    (dict(labels=torch.tensor([[-100, 50]])), "reaches 50")])
 def test_inputs_that_do_not_fit_get_one_line_that_says_why(change, message):
     inputs = {"input_ids": torch.tensor([[1, IMG]]), "pixel_values": torch.zeros(1, 3, 4, 4), **change}
     with pytest.raises(InputError, match=message):
@@ -1262,6 +1270,7 @@ def test_a_larger_vocabulary_starts_new_rows_at_the_mean_and_changes_no_old_logi
 @pytest.mark.parametrize("config, message", [
     (dict(hidden_size=64), "hidden_size = 32.*64"), (dict(num_hidden_layers=3), "num_hidden_layers = 2.*3"),
     (dict(num_key_value_heads=4), "num_key_value_heads = 2.*4"), (dict(rope_theta=1e6), "rope_theta"),
+    (dict(rope_scaling=None), "rope_scaling = {'type': 'dynamic'"),
     (dict(vocab_size=44), "language_model.model.tok_embeddings.weight|language_model.output.weight")])
 def test_an_llm_that_does_not_fit_the_config_is_refused_by_field_or_tensor(tmp_path, config, message):
     write_llm(tmp_path)
