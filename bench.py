@@ -8,6 +8,7 @@ A run checks each back end against the dense reference before it times it, print
 with one line of JSON that names the hardware and the versions; --markdown makes the README's table of it.
 """
 import argparse
+import functools
 import json
 import math
 import platform
@@ -51,8 +52,8 @@ def hardware(device: str) -> str:
 def times_in_ms(run, buffers: int, device: str, seconds: float, clock=time.perf_counter) -> list[float]:
     """run(i) works on the i-th of several sets of tensors: caches must not hold what the next call needs.
 
-    On a GPU each set's work is captured as a CUDA graph and events time the replays: the device's time, not
-    Python's. On a CPU: wall time.
+    On a GPU each set's work is captured as a CUDA graph and events time ten replays in a row: the device's
+    time, neither Python's nor that of a launch. On a CPU: wall time.
     """
     for i in range(buffers):
         run(i)                                                             # builds, allocates, warms up
@@ -61,22 +62,33 @@ def times_in_ms(run, buffers: int, device: str, seconds: float, clock=time.perf_
         for i, graph in enumerate(graphs):
             with torch.cuda.graph(graph):
                 run(i)
-        run = lambda i: graphs[i].replay()                                 # noqa: E731
     times, until, i = [], time.perf_counter() + seconds, 0
     while len(times) < 5 or time.perf_counter() < until:
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run(i % buffers)
+            for j in range(i, i + 10):
+                graphs[j % buffers].replay()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end))
+            times.append(start.elapsed_time(end) / 10)
         else:
             start = clock()
             run(i % buffers)
             times.append((clock() - start) * 1e3)
         i += 1
     return times[len(times) // 10:]                                        # in the first, clocks still settle
+
+
+def replayed(run, device: str):
+    """run itself; on a GPU a replay of its work, captured as a CUDA graph, until it is done."""
+    if device != "cuda":
+        return run
+    run()                                                                  # builds, warms up
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return lambda: (graph.replay(), torch.cuda.synchronize())
 
 
 def ceilings(device: str, dtype: torch.dtype, seconds: float, clock=time.perf_counter) -> dict[str, float]:
@@ -289,13 +301,11 @@ def first_token(model, back_end: str, cache: KVCache, ids, pixels):
 def decoding(model, mode: str, cache: KVCache, batch: int, columns: int, steps: int):
     """Greedy decoding as in generate, after a prompt of so many columns (what they hold costs the same)."""
     weight = model.language_model.output.weight
+    cache.reserve(batch, columns + steps, weight.dtype, weight.device)
 
     def run():
         model.cuda_graphs, model.compile_decode = "graph" in mode, "compile" in mode
-        cache.reserve(batch, columns + steps, weight.dtype, weight.device)
-        cache.truncate(0)
-        cache.length = columns
-        cache.real[:, :columns] = True
+        cache.length, cache.real[:, :columns], cache.real[:, columns:] = columns, True, False
         token = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         for _ in range(steps):
             token = model.decode(token, cache).argmax(-1)
@@ -354,13 +364,16 @@ def infer_in(dtype: torch.dtype, config: MonoInternVLConfig, args, result: dict)
             if dtype == torch.bfloat16:
                 cases[tiles, "modular"] = first_token(modular, "torch", cache, *inputs)
         for (tiles, _), run in cases.items():
-            if tiles == tiles_of[0]:
+            if tiles == tiles_of[0] or on_gpu:
                 run()                                                      # warms up
         for (tiles, back_end), seconds in interleaved(cases, args.rounds, clock).items():
             flop = prefill_flop(config, columns(tiles), tiles, experts=1 + (back_end == "dense"))
             flop = batch * (flop + modular.flop(tiles) * (back_end == "modular"))
+            model = modular if back_end == "modular" else ours
+            read = sum(p.nbytes for n, p in model.named_parameters() if "tok_embeddings" not in n)
+            floor = max(flop / limit["matmul_tflops"] / 1e12, read / limit["copy_gb_s"] / 1e9)
             row = {"dtype": name, "batch": batch, "tiles": tiles, "tokens": columns(tiles),
-                   "back_end": back_end, **spread(seconds), "floor": flop / limit["matmul_tflops"] / 1e12}
+                   "back_end": back_end, **spread(seconds), "floor": floor}
             result["prefill"].append(row)
             print(f"{name} first token, batch {batch}, {tiles:2} tiles, {back_end:8}{row['seconds']:9.4f}"
                   f" s ({row['floor'] / row['seconds']:.0%} of its floor)", flush=True)
@@ -409,6 +422,20 @@ def check_back_ends(model, back_ends, config, device):
             raise SystemExit(f"{back_end} is wrong: error {error:.1e}")
 
 
+def attention_alone(c: MonoInternVLConfig, weight, visible: int, steps: int):
+    """The part of attention in decoding steps that see so many columns, each layer with its own."""
+    random = functools.partial(torch.randn, dtype=weight.dtype, device=weight.device)
+    q = random(1, c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads, c.head_dim)
+    keys, values = random(2, c.num_hidden_layers, 1, c.num_key_value_heads, visible, c.head_dim)
+    mask = q.new_zeros(1, 1, 1, visible)
+
+    def run():
+        for _ in range(steps):
+            for k, v in zip(keys, values, strict=True):
+                nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return run
+
+
 def long_cache(model, cache: KVCache, args, clock) -> dict:
     """A step at 2,000 cached tokens against one at 200, without what attention itself takes in both."""
     c, mode = model.config, "graph" if args.device == "cuda" else "plain"
@@ -417,15 +444,7 @@ def long_cache(model, cache: KVCache, args, clock) -> dict:
         cases[n, "step"] = decoding(model, mode, cache, 1, n, args.steps)
         cases[n, "step"]()
         visible = -(-n // cache.block) * cache.block
-        q, k = (torch.randn(1, c.num_key_value_heads, m, c.head_dim, dtype=weight.dtype, device=weight.device)
-                for m in (c.num_attention_heads // c.num_key_value_heads, visible))
-        mask = torch.ones(1, 1, 1, visible, dtype=torch.bool, device=weight.device)
-
-        def attention(q=q, k=k, mask=mask):
-            for _ in range(args.steps * c.num_hidden_layers):
-                nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
-            torch.cuda.synchronize() if q.is_cuda else None
-        cases[n, "attention"] = attention
+        cases[n, "attention"] = replayed(attention_alone(c, weight, visible, args.steps), args.device)
     times = {case: statistics.median(t) for case, t in interleaved(cases, 3 * args.rounds, clock).items()}
     rest = {n: times[n, "step"] - times[n, "attention"] for n in (200, 2000)}
     return {"step_200": times[200, "step"] / args.steps, "step_2000": times[2000, "step"] / args.steps,
@@ -438,18 +457,10 @@ def fused_weights(model, tokens: int, args, clock) -> dict:
     experts = [layer.feed_forward for layer in model.language_model.model["layers"][:4]]
     fused = [torch.cat([e.w1.weight, e.w3.weight]) for e in experts]
     x = torch.randn(tokens, experts[0].w1.in_features, dtype=fused[0].dtype, device=fused[0].device)
-
-    def two():
-        for e in experts:
-            e.w1(x), e.w3(x)
-        torch.cuda.synchronize() if x.is_cuda else None
-
-    def one():
-        for w in fused:
-            nn.functional.linear(x, w)
-        torch.cuda.synchronize() if x.is_cuda else None
-    two(), one()                                                           # warms up
-    times = interleaved({"two": two, "one": one}, 9 * args.rounds, clock)
+    cases = {"two": lambda: [(e.w1(x), e.w3(x)) for e in experts],
+             "one": lambda: [nn.functional.linear(x, w) for w in fused]}
+    times = interleaved({name: replayed(run, args.device) for name, run in cases.items()},
+                        9 * args.rounds, clock)
     two, one = (statistics.median(t) / len(experts) for t in times.values())
     return {"two": two, "one": one, "ratio": two / one}
 

@@ -599,6 +599,17 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
+def write_columns(keys: Tensor, values: Tensor, columns: Tensor, k: Tensor, v: Tensor) -> None:
+    """k, v (B, KV, T, hd) into keys, values (B, KV, columns, hd) at columns (T,)."""
+    keys.index_copy_(2, columns, k)
+    values.index_copy_(2, columns, v)
+
+
+# torch.compile makes a copy of the whole cache of each write in place; it can't of an opaque operator.
+write_columns_compiled = torch.library.custom_op("mono_internvl::write_columns", write_columns,
+                                                 mutates_args=("keys", "values"))
+
+
 class KVCache:
     """Keys and values of the tokens read so far. Grows on demand; one may serve many calls of `generate`, of
     one model whose weights stay as they are: a prompt that begins like the one before is not read again.
@@ -662,8 +673,8 @@ class KVCache:
         once all layers have stored theirs."""
         rows = len(k)
         keys, values = self.keys[layer, :rows], self.values[layer, :rows]
-        keys.index_copy_(2, self.write, k.to(keys.dtype))
-        values.index_copy_(2, self.write, v.to(keys.dtype))
+        write = write_columns_compiled if torch.compiler.is_compiling() else write_columns
+        write(keys, values, self.write, k.to(keys.dtype), v.to(keys.dtype))
         return keys[:, :, :self.visible], values[:, :, :self.visible]
 
     def keep(self, rows: list[int]) -> list[int]:
@@ -700,6 +711,11 @@ class KVCache:
                 tiles += 1
             visual = visual[tiles * per_tile:]     # the same placeholders, of another picture
         return visual[0] if visual else same, tiles
+
+
+# cuDNN's attention, the first choice on Hopper since torch 2.11, makes a plan for each new length of prompt,
+# and its gradients under a mask can be NaN (pytorch issue 196678). The other kernels stay.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Attention(nn.Module):
@@ -828,20 +844,28 @@ class InternLM2(nn.Module):
 
 @functools.cache
 def compiled(function):
+    # A shape of its own for one row, one block, another dtype: more variants than the 8 that torch allows.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     return torch.compile(function, fullgraph=True)
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: libraries keep a workspace for each stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 def capture(step, inputs: tuple, pool):
     """step(*inputs) as a CUDA graph, and its result: one tensor, which every replay fills anew. Graphs that
     never run at the same time may share a pool of memory."""
     with torch.cuda.device(inputs[1].device):
-        side = torch.cuda.Stream()
+        side = capture_stream(inputs[1].device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             step(*inputs)                          # libraries choose their kernels before the capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             result = step(*inputs)
     return graph, result
 
@@ -1071,7 +1095,8 @@ class MonoInternVL(nn.Module):
         kv_cache.real[:len(token)].index_fill_(1, kv_cache.column, True)
         real = kv_cache.real[:len(token), :kv_cache.visible]               # (B, visible)
         lengths, x = real.sum(1), lm.model.tok_embeddings(token)
-        x = lm.run_layers(x, lengths[:, None] - 1, lengths, real[:, None, None], None, kv_cache)
+        mask = real.to(x.dtype).log()[:, None, None]                       # 0 or -inf, once for all layers
+        x = lm.run_layers(x, lengths[:, None] - 1, lengths, mask, None, kv_cache)
         return lm.output(x[:, -1]).float()
 
     @torch.inference_mode()
@@ -1109,8 +1134,8 @@ class MonoInternVL(nn.Module):
         its own, and the global one is left alone; a number s gives row i the seed s + i, a list has one for
         each row. prefill_chunk: prompt tokens read at a time, to bound memory. kv_cache: of earlier calls;
         its memory is used again, and if this prompt of one row begins with what it holds (a conversation
-        that goes on), only the rest is read. That changes no answer. <IMG_CONTEXT> is never generated:
-        without a tile it means nothing.
+        that goes on), only the rest is read. That changes no answer, but for 16-bit roundings.
+        <IMG_CONTEXT> is never generated: without a tile it means nothing.
         """
         self.check_inputs(input_ids, pixel_values, attention_mask)
         B, T = input_ids.shape

@@ -47,6 +47,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._inductor.utils import run_and_get_code
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
@@ -751,6 +752,18 @@ def test_compiled_decoding_gives_the_same_tokens(monkeypatch):
     plain = stream(model, ids, None, mask, max_new_tokens=8)
     model.compile_decode = True
     assert stream(model, ids, None, mask, max_new_tokens=8) == plain
+
+
+def test_a_compiled_step_copies_no_cache():
+    model = tiny(num_hidden_layers=3)
+    cache = KVCache(model.config)
+    with torch.no_grad():
+        cache.reserve(3, 90, torch.float32, "cpu")
+        cache.write, cache.visible = cache.column, 64
+        step = torch.compile(model.decode_step, fullgraph=True)
+        _, (code,) = run_and_get_code(step, cache.token[:1], cache)
+    assert tuple(cache.keys.shape) == (3, 3, 2, 96, 8)
+    assert "empty_strided_cpu(" in code and "empty_strided_cpu((3, 3, 2, 96, 8)" not in code
 
 
 def test_a_captured_step_serves_every_later_token_of_its_block(monkeypatch):
