@@ -845,6 +845,40 @@ def test_graphs_give_the_same_tokens_and_a_step_never_waits_for_the_host(device,
         assert replayed == plain
 
 
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_stay_near_float32_whichever_attention_kernel_serves(device, dtype):
+    """Heads of 128, 192 tokens: prefill at once, in chunks and padded; a decoded token; packed gradients."""
+    torch.manual_seed(0)
+    exact = MonoInternVL(replace(tiny().config, hidden_size=512, max_position_embeddings=512))
+    rounded = MonoInternVL(exact.config).to(device, dtype)
+    rounded.load_state_dict(exact.state_dict())
+    ids, pixels, mask = batch_of([[False] * 3 + [True] * 180 + [False] * 9, [True, False] * 20])
+
+    def near(got, expected):
+        error = (got.detach().float().cpu() - expected).norm()
+        assert error <= 4 * torch.finfo(dtype).eps * expected.norm()       # seen: 2.5
+
+    def moved(*tensors):
+        return [None if t is None else t.to(device) for t in tensors]
+    with torch.no_grad():
+        for rows, pads in (1, None), (2, mask):
+            prompt, new = (ids[:rows], pixels[:160 + 20 * rows], pads), torch.tensor([[7], [8]])[:rows]
+            longer = None if pads is None else F.pad(pads, (0, 1), value=1)
+            expected = exact(torch.cat([prompt[0], new], 1), prompt[1], longer)[0]
+            near(rounded(*moved(*prompt))[0][:, -1], expected[:, -2])
+            for chunk in (64, 192):
+                cache = KVCache(exact.config)
+                cache.reserve(rows, 200, dtype, device)
+                near(rounded.prefill(*moved(*prompt), cache, chunk), expected[:, -2])
+                near(rounded.decode(new[:, 0].to(device), cache), expected[:, -1])
+    packed = (ids[:1], pixels[:180], None, ids[:1], (torch.arange(192) // 70 + 1)[None])
+    got, expected = (gradients(model, model(*inputs)[1]) for model, inputs in (
+        (rounded, moved(*packed)), (exact, packed)))
+    for name, grad in expected.items():
+        near(got[name], grad)
+
+
 # ---------------------------------------------------------------- generation
 
 def stream(model, ids, *args, **options):
