@@ -80,6 +80,12 @@ def times_in_ms(run, buffers: int, device: str, seconds: float, clock=time.perf_
     return times[len(times) // 10:]                                        # in the first, clocks still settle
 
 
+def keep(result: dict, args) -> None:
+    """What was measured so far: the process may be killed for memory before the end."""
+    if args.json:
+        Path(args.json).write_text(json.dumps(result) + "\n")
+
+
 def replayed(run, device: str):
     """run itself; on a GPU a replay of its work, captured as a CUDA graph, until it is done."""
     if device != "cuda":
@@ -386,7 +392,13 @@ def infer_in(dtype: torch.dtype, config: MonoInternVLConfig, args, result: dict)
         result["text_only"].append(row)
         print(f"{name} {tokens} text tokens: {row['plain_llm'] / row['seconds']:.3f} × the plain LLM's speed",
               flush=True)
-
+    result["long_cache"].append(row := {"dtype": name, **long_cache(ours, args, clock)})
+    print(f"{name} decoding at 2000 columns: {row['ratio']:.3f} × the time at 200, attention aside")
+    for tokens in (1, columns(2)):
+        result["fused"].append(row := {"dtype": name, "tokens": tokens,
+                                       **fused_weights(ours, tokens, args, clock)})
+        print(f"{name} w1 and w3 as one matrix, {tokens} tokens: {row['ratio']:.3f} × the speed of two")
+    keep(result, args)
     modes = ["plain"] + ["graph", "graph + compile"] * on_gpu + ["compile"] * args.compile
     for batch in args.batches:
         cases = {(tiles, mode): decoding(ours, mode, cache, batch, columns(tiles), args.steps)
@@ -402,12 +414,7 @@ def infer_in(dtype: torch.dtype, config: MonoInternVLConfig, args, result: dict)
             print(f"{name} decoding, batch {batch:2}, {columns(tiles):4} columns, {mode:15}"
                   f"{batch / row['seconds']:9.2f} tokens/s ({row['floor'] / row['seconds']:.0%} of the "
                   "floor)", flush=True)
-    result["long_cache"].append(row := {"dtype": name, **long_cache(ours, cache, args, clock)})
-    print(f"{name} decoding at 2000 columns: {row['ratio']:.3f} × the time at 200, attention aside")
-    for tokens in (1, columns(2)):
-        result["fused"].append(row := {"dtype": name, "tokens": tokens,
-                                       **fused_weights(ours, tokens, args, clock)})
-        print(f"{name} w1 and w3 as one matrix, {tokens} tokens: {row['ratio']:.3f} × the speed of two")
+        keep(result, args)
 
 
 def check_back_ends(model, back_ends, config, device):
@@ -436,9 +443,9 @@ def attention_alone(c: MonoInternVLConfig, weight, visible: int, steps: int):
     return run
 
 
-def long_cache(model, cache: KVCache, args, clock) -> dict:
+def long_cache(model, args, clock) -> dict:
     """A step at 2,000 cached tokens against one at 200, without what attention itself takes in both."""
-    c, mode = model.config, "graph" if args.device == "cuda" else "plain"
+    c, cache, mode = model.config, KVCache(model.config), "graph" if args.device == "cuda" else "plain"
     weight, cases = model.language_model.output.weight, {}
     for n in (200, 2000):
         cases[n, "step"] = decoding(model, mode, cache, 1, n, args.steps)
@@ -682,8 +689,7 @@ def main() -> None:
         plot_infer(result, args.png)
     if args.markdown:
         print(args.table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result) + "\n")
+    keep(result, args)
     print(json.dumps(result))
 
 
