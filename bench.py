@@ -501,7 +501,7 @@ def infer_markdown(result: dict) -> str:
         f"({result['parameters'] / 1e6:.0f} M parameters), {result['clock']}.", "",
         *table(result["prefill"], "back_end", "s", {
             "dense / torch": lambda g: f"{g['dense']['seconds'] / g['torch']['seconds']:.2f}",
-            "at most": lambda g: f"{g['dense']['floor'] / g['torch']['floor']:.2f}",
+            "by operations": lambda g: f"{g['dense']['floor'] / g['torch']['floor']:.2f}",
             "less than modular": lambda g: "–" if "modular" not in g else
             f"{1 - best(g)['seconds'] / g['modular']['seconds']:.0%}",
             "floor": floor}, 1), "",

