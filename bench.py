@@ -285,7 +285,7 @@ def interleaved(cases: dict, rounds: int, clock) -> dict[tuple, list[float]]:
 
 
 def spread(values: list[float]) -> dict:
-    low, median, high = statistics.quantiles(values, n=4)
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")           # within what was seen
     return {"seconds": median, "quartiles": [low, high], "runs": len(values)}
 
 
