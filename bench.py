@@ -12,6 +12,8 @@ import functools
 import json
 import math
 import platform
+import random
+import re
 import statistics
 import tempfile
 import time
@@ -19,22 +21,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
+import budget
 import train_evip
-from data import World, collate, make_world_tokenizer
+from common import InputError
+from data import Tokenizer, collate, load_image, sample_numbers
+from evaluate import answer, text_probe
+from generate import KVCache, decode
 from mono_internvl import (
     FeedForward,
-    KVCache,
     MonoInternVL,
     MonoInternVLConfig,
     Routing,
     VisionEmbedding,
-    kernel_linear,
-    kernel_swiglu,
     mmoe_swiglu,
     pixel_shuffle,
 )
+from world import KINDS, World, make_picture, make_world_tokenizer
 
 TEXT_TOKENS, TOKENS_PER_TILE = 64, 256
 
@@ -142,13 +147,14 @@ class FeedForwardCase:
         routing = Routing(self.visual, backend=name)
         if not tile:
             return lambda i: mmoe_swiglu(self.x[i], *self.experts[i], routing)
-        rows, counts = routing.rows, routing.counts
+        where = routing.permutation, routing.counts
 
         def forced(i):
             t, v = self.experts[i]
             first = t.w1.weight, t.w3.weight, v.w1.weight, v.w3.weight
-            h = kernel_swiglu(self.x[i][0], *first, rows, counts, int(tile))
-            y = kernel_linear(h, t.w2.weight, v.w2.weight, rows, counts, None, False, True, int(tile))
+            h = torch.ops.mono_internvl.moe_swiglu(self.x[i][0], *first, *where, int(tile))
+            y = torch.ops.mono_internvl.moe_linear(h, t.w2.weight, v.w2.weight, *where, None, False, True,
+                                                   int(tile))
             return y[None]
         return forced
 
@@ -251,27 +257,6 @@ class Modular(MonoInternVL):
         return tiles * layers * (2 * n * 12 * 1024 ** 2 + 4 * n * n * 1024)
 
 
-def prefill_flop(c: MonoInternVLConfig, tokens: int, tiles: int, experts: int) -> float:
-    """Multiplications and additions up to the first token's logits; `experts` for each token (the dense back
-    end runs both), causal attention."""
-    patches, dv = (c.image_size // c.patch_size) ** 2, c.vision_hidden_size
-    vision = 2 * patches * c.num_channels * c.patch_size ** 2 * dv
-    vision += 2 * c.tokens_per_tile * c.hidden_size * (dv * c.shuffle ** 2 + c.hidden_size)
-    layer = 2 * experts * tokens * layer_weights(c) + 2 * tokens ** 2 * c.hidden_size
-    return tiles * vision + c.num_hidden_layers * layer + 2 * c.vocab_size * c.hidden_size
-
-
-def layer_weights(c: MonoInternVLConfig) -> int:
-    heads = 2 * (c.num_attention_heads + c.num_key_value_heads)
-    return c.hidden_size * (heads * c.head_dim + 3 * c.intermediate_size)
-
-
-def decode_bytes(c: MonoInternVLConfig, columns: int, batch: int, itemsize: int) -> int:
-    """What one step has to read: the text weights, the head, and the keys and values."""
-    cached = batch * columns * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim
-    return (c.num_hidden_layers * layer_weights(c) + c.vocab_size * c.hidden_size + cached) * itemsize
-
-
 def interleaved(cases: dict, rounds: int, clock) -> dict[tuple, list[float]]:
     """Seconds of each case in each round. A round runs all of them, so that whatever else the machine does
     meets all alike."""
@@ -299,7 +284,7 @@ def prompt(c: MonoInternVLConfig, tiles: int, batch: int, device: str):
 
 def first_token(model, back_end: str, cache: KVCache, ids, pixels):
     def run():
-        model.moe, cache.ids = back_end, []        # the cache's memory is used again, not its content
+        model.moe, cache.input_ids = back_end, []        # the cache's memory is used again, not its content
         next(model.generate(ids, pixels, max_new_tokens=1, kv_cache=cache))
     return run
 
@@ -314,7 +299,7 @@ def decoding(model, mode: str, cache: KVCache, batch: int, columns: int, steps: 
         cache.length, cache.real[:, :columns], cache.real[:, columns:] = columns, True, False
         token = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         for _ in range(steps):
-            token = model.decode(token, cache).argmax(-1)
+            token = decode(model, token, cache).argmax(-1)
             token.tolist()                                                 # the one sync of a step
     return run
 
@@ -373,7 +358,7 @@ def infer_in(dtype: torch.dtype, config: MonoInternVLConfig, args, result: dict)
             if tiles == tiles_of[0] or on_gpu:
                 run()                                                      # warms up
         for (tiles, back_end), seconds in interleaved(cases, args.rounds, clock).items():
-            flop = prefill_flop(config, columns(tiles), tiles, experts=1 + (back_end == "dense"))
+            flop = budget.prefill_flop(config, columns(tiles), tiles, experts=1 + (back_end == "dense"))
             flop = batch * (flop + modular.flop(tiles) * (back_end == "modular"))
             model = modular if back_end == "modular" else ours
             read = sum(p.nbytes for n, p in model.named_parameters() if "tok_embeddings" not in n)
@@ -407,7 +392,7 @@ def infer_in(dtype: torch.dtype, config: MonoInternVLConfig, args, result: dict)
             if tiles == tiles_of[0] or on_gpu:
                 run()                                                      # captures, compiles
         for (tiles, mode), seconds in interleaved(cases, 3 * args.rounds, clock).items():
-            read = decode_bytes(config, columns(tiles), batch, dtype.itemsize)
+            read = budget.decode_bytes(config, columns(tiles), batch, dtype.itemsize)
             row = {"dtype": name, "batch": batch, "tiles": tiles, "columns": columns(tiles), "mode": mode,
                    **spread([s / args.steps for s in seconds]), "floor": read / limit["copy_gb_s"] / 1e9}
             result["decode"].append(row)
@@ -450,7 +435,7 @@ def long_cache(model, args, clock) -> dict:
     for n in (200, 2000):
         cases[n, "step"] = decoding(model, mode, cache, 1, n, args.steps)
         cases[n, "step"]()
-        visible = -(-n // cache.block) * cache.block
+        visible = -(-n // cache.block_size) * cache.block_size
         cases[n, "attention"] = replayed(attention_alone(c, weight, visible, args.steps), args.device)
     times = {case: statistics.median(t) for case, t in interleaved(cases, 3 * args.rounds, clock).items()}
     rest = {n: times[n, "step"] - times[n, "attention"] for n in (200, 2000)}
@@ -589,9 +574,11 @@ def train(args) -> dict:
         for p in model.parameters():
             p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
         model.to(args.device)
-        owner = train_evip.sample_numbers(batch)
+        owner = sample_numbers(batch)
         visual = len(batch["pixel_values"]) * config.tokens_per_tile
-        lengths, rates = owner[owner >= 0].bincount(), train_evip.flop_rates(model)
+        lengths = owner[owner >= 0].bincount()
+        rates = budget.flop_rates({n: p.shape for n, p in model.named_parameters()},
+                                  train_evip.trainable_names(model, stage), config)
         flop = (rates["text"] * (int(lengths.sum()) - visual) + rates["visual"] * visual
                 + rates["labels"] * int((batch["labels"][:, 1:] != -100).sum())
                 + rates["pairs"] * int(lengths.square().sum()) / 2)
@@ -630,6 +617,95 @@ def train_markdown(result: dict) -> str:
         lines.append(f"| {r['model']} | {r['stage']} | {r['tokens']} ({r['visual']}) | {r['back_end']} "
                      f"| {r['seconds'] * 1e3:.1f} ({low:.1f}–{high:.1f}) | {r['tokens_per_s']:.0f} "
                      f"| {r['tflops'] / peak:.0%} | {dense / r['seconds']:.2f} |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- ablation: the paper's claims, tried out
+
+VARIANTS = {                           # of S1.1 and S1.2: what differs from the first
+    "delta tuning, 1.5": {},
+    "full fine-tuning, 1.5": {"trainable": "all"},
+    "delta tuning, v1": {"attn_experts": ""},
+    "delta tuning, 1.5, random experts": {"copy_experts": False},
+}
+
+
+def describe(model: MonoInternVL, tok: Tokenizer, n: int) -> dict[str, float]:
+    """Which part of held-out pictures, n of a kind, the model describes rightly, and of as many grey ones."""
+    def said(caption):                 # in any order, without the words that fill it
+        return {frozenset(re.findall(r"\w+", part)) - {"a", "is"} for part in re.split("[.,]", caption)}
+    c, right = model.config, {}
+    rng = random.Random("test")
+    pictures = [make_picture(rng, kind, "test") for kind in KINDS for _ in range(n)]
+    for name in ("right", "blank"):
+        images = [p.image if name == "right" else Image.new("RGB", p.image.size, "gray") for p in pictures]
+        answers = answer(model, tok, [(load_image(image, c.max_dynamic_patch, c.image_size),
+                                       "Describe the image.") for image in images])
+        pairs = zip(answers, pictures, strict=True)
+        right[name] = sum(said(a) == said(p.text) for a, p in pairs) / len(pictures)
+    return right
+
+
+def ablation(flags: train_evip.Flags, seeds: int = 3) -> dict:
+    """Trains each variant through S1.1 and S1.2 on a CPU: from one S0 (or --init_from), on the same samples
+    of the embedded world, for as many steps. Writes out/ablation/results.json and returns what it holds."""
+    started, out, rows = time.time(), Path(flags.out or "out/ablation"), []
+    s0, *stages = train_evip.RECIPES["evip++"][:3]
+
+    def train(model: MonoInternVL, stage, flags, tok: Tokenizer):
+        dataset = World(stage.name, tok, model.config, stage.max_tiles, flags.seed)
+        if not train_evip.train_stage(model, dataset, stage, flags, train_evip.Progress(out / "log.jsonl"), tok):
+            raise InputError("the ablation was stopped; asked for again, it starts anew")
+
+    for seed in range(flags.seed, flags.seed + seeds):
+        flags = replace(flags, seed=seed, device="cpu", dtype="float32")
+        torch.manual_seed(seed)
+        _, tok, build = train_evip.origin(flags, s0, True, out)
+        llm = build()
+        if flags.init_from is None:
+            train(llm, s0, flags, tok)
+        for name, change in VARIANTS.items():
+            print(f"seed {seed}: {name}", flush=True)
+            torch.manual_seed(seed)    # new weights, but for the LLM's
+            model = MonoInternVL(replace(llm.config, attn_experts=change.get("attn_experts", "qkvo")))
+            kept = {n: w for n, w in llm.state_dict().items() if n.startswith("lang") and "_ve." not in n}
+            model.load_state_dict(kept, strict=False)
+            if change.get("copy_experts", True):
+                model.copy_text_experts()
+            logits, before = text_probe(model, tok)
+            for stage in stages:
+                train(model, replace(stage, trainable=change.get("trainable", stage.trainable)), flags, tok)
+            logits_after, after = text_probe(model, tok)
+            # every sample is new, so the training loss says what is learned; its mean in tenths of S1.2
+            steps = flags.steps or stages[-1].steps
+            lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()[-steps:]
+            tenths = torch.tensor([json.loads(line)["loss"] for line in lines]).tensor_split(min(10, steps))
+            rows.append({"variant": name, "seed": seed, "text before": before, "text after": after,
+                         "text bitwise equal": torch.equal(logits, logits_after),
+                         **describe(model, tok, flags.eval_questions),
+                         "caption loss": [tenth.mean().item() for tenth in tenths]})
+    results = {"torch": torch.__version__, "threads": torch.get_num_threads(),
+               "seconds": time.time() - started, "steps": [flags.steps or stage.steps for stage in stages],
+               "batch_size": flags.batch_size or s0.batch, "pictures": len(KINDS) * flags.eval_questions,
+               "rows": rows}
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    return results
+
+
+def ablation_table(results: dict) -> str:
+    """Markdown: mean ± standard deviation over the seeds."""
+    lines = ["| S1.1 and S1.2 by | text loss before | after | bitwise equal | described rightly | blank image"
+             " | caption loss |", "|---|---|---|---|---|---|---|"]
+    for name in VARIANTS:
+        rows = [{**row, "caption loss": row["caption loss"][-1]} for row in results["rows"]
+                if row["variant"] == name]
+        cells = ["yes" if all(row["text bitwise equal"] for row in rows) else "no"]
+        for column, form in (("text before", ".3f"), ("text after", ".3f"),
+                             ("right", ".0%"), ("blank", ".0%"), ("caption loss", ".3f")):
+            values = [row[column] for row in rows]
+            spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):{form}}{spread}")
+        lines.append("| " + " | ".join([name, *cells[1:3], cells[0], *cells[3:]]) + " |")
     return "\n".join(lines)
 
 

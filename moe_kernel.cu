@@ -1,61 +1,70 @@
 // The modality mixture-of-experts of Mono-InternVL as CUDA kernels.
 //
-// What. Every token carries a fixed label: text, visual, or pad. A routed linear layer multiplies text rows
-// by one weight matrix and visual rows by another; the routed SwiGLU does so with two matrices at once and
-// combines them:
-//     moe_linear   y[row] = x[row] · w_e^T  (+ residual[row])            wqkv, wo, the second half of the FFN
-//     moe_swiglu   h[row] = silu(x[row] · w1_e^T) * (x[row] · w3_e^T)    the first half of the FFN
-// with e the expert of the row. Pad rows get zeros (or the residual alone) and cost nothing.
+// What. Every token has a fixed label: text, visual or pad. A routed product multiplies the text tokens by
+// the weights of the text expert, and the visual tokens by the weights of the visual expert:
+//     moe_linear   y[token] = x[token] · w_e^T  (+ residual[token])          wqkv, wo, second half of the FFN
+//     moe_swiglu   h[token] = silu(x[token] · w1_e^T) * (x[token] · w3_e^T)  first half of the FFN
+// where e is the expert of the token. The output of a pad is zero, plus its residual if there is one. Pads
+// are never read from x.
 //
-// Why. The obvious way runs both experts on all rows and throws half away. The next one gathers each expert's
-// rows, runs two ordinary matrix products, and scatters the results: twice the launches, and copies of x and
-// y through device memory in between. Here one launch serves both experts, rows are gathered while they are
-// loaded and scattered while they are stored, and silu(gate) * up is formed in registers. Nothing is atomic
-// and every sum has one fixed order: the same inputs give bitwise the same outputs.
+// Why. The simplest way runs both experts on all tokens and discards half of the results. A better way
+// gathers the tokens of each expert, runs two ordinary matrix products, and scatters the results. It needs
+// twice the launches, and it copies x and y through device memory. Here one launch serves both experts. The
+// kernel gathers tokens while it loads them, scatters results while it stores them, and computes silu(gate) *
+// up in registers. There are no atomics, and every sum has a fixed order, so the same inputs always give
+// bitwise the same outputs.
 //
-// The layout of rows. moe_route turns the labels into a list, once per forward pass, on the device:
-//     rows = [ text rows ... | visual rows ... | pad rows ... ], each part in reading order
-//     counts = { number of text rows, number of visual rows }
-// An entry's place in this list is a row's *position*. The output is cut into tiles of BM positions by BN
-// columns, one block each. Row tiles start anew where the visual rows start, so no tile mixes two experts;
-// pads end the visual part. Two parts round up at most once more than one, so ceil(n / BM) + 1 row tiles
-// suffice for any split, and the host can launch without knowing the counts. A block reads the counts, finds
-// its expert and rows (find_rows), and leaves at once when there are none. That makes all of it safe to
-// capture in a CUDA graph.
+// Layout. Once per forward pass, moe_route sorts the tokens by expert. The result stays on the device:
+//     permutation = [ text tokens ... | visual tokens ... | pads ... ]   token indices, each part ascending
+//     counts      = { number of text tokens, number of visual tokens }
+// A *permuted index* is an index into this list, and *permuted order* is the order of the list. Seen as a
+// GEMM, M = num_tokens, N = out_features and K = in_features.
 //
-// In which order to read: moe_route; moe_linear_naive, the whole idea in 20 lines; find_rows and the parts
-// that the fast kernels share; moe_gemm, the bf16/fp16 tensor-core kernel; moe_gemm_fp32; the launchers,
-// which are what Python calls.
+// Tiles. The grid cuts the output into block tiles, and one thread block computes each of them. A block tile
+// covers a *token tile*, which is up to BM consecutive permuted indices, and BN weight rows. An output column
+// needs one weight row in moe_linear, and a row of w1 and a row of w3 in moe_swiglu. A new token tile starts
+// at the first visual token, so no tile mixes two experts. The pads follow the visual tokens without such a
+// break. Rounding up two parts instead of one adds at most one tile, so ceil(num_tokens / BM) + 1 token tiles
+// suffice for every split, and the host can launch the kernel without knowing the counts. Each block reads
+// the counts on the device, finds its expert and its tokens (find_token_tile), and returns at once if there
+// are none. Since the host never waits for the device, a CUDA graph can capture all of it.
 //
-// Floors. Multiply-adds: n·k·m for moe_linear, twice that for moe_swiglu. Bytes: each weight matrix in use
-// once, x and y once. The FFN of the 2B model (k = 2048, m = 8192) in bf16 does 100.7 Mflop a row and reads
-// 100.7 MB of weights an expert: with few rows the weights' bytes set the time, with many rows the tensor
-// cores. Ceilings that remain here: mma.sync, which runs on every GPU since sm_80, does not reach the full
-// rate of an H100; that takes wgmma (sm_90a only).
+// Reading order: route_kernel; linear_naive_kernel, which is the whole idea in 20 lines; find_token_tile and
+// the other parts that the tiled kernels share; gemm_kernel, for bf16 and fp16 on tensor cores;
+// gemm_fp32_kernel; and the launchers, which Python calls.
 //
-// What nvcc 13.0 gives (registers a thread on sm_80 / sm_89 / sm_90, shared memory a block; nothing spills):
-//     moe_gemm large tile      211 / 211 / 215    96 KB     moe_gemm_fp32 linear    130 / 130 / 128  8.5 KB
-//     moe_gemm medium tile     217 / 217 / 221    64 KB     moe_gemm_fp32 SwiGLU    135 / 143 / 166  8.5 KB
-//     moe_gemm small, linear    72 /  72 /  72    96 KB     moe_linear_naive         30 /  38 /  30    0
-//     moe_gemm small, SwiGLU    80 /  80 /  80    64 KB     moe_route                30 /  30 /  30    2 KB
+// Floors. M·N·K multiply-adds for moe_linear, twice as many for moe_swiglu. The traffic is at least one read
+// of each weight matrix in use, one read of x and one write of y. The FFN of the 2B model (widths 2048 and
+// 8192) takes 100.7 Mflop per token in bf16, and each expert has 100.7 MB of weights. With few tokens,
+// reading the weights takes most of the time. With many tokens, the products on the tensor cores do. One
+// ceiling remains: mma.sync, which runs on every GPU since sm_80, does not reach the full rate of an H100.
+// That takes wgmma (sm_90a only).
 //
-// On a machine without a GPU, cuda_on_cpu.h runs this same file. Compiled and run on the CPU; not yet
-// measured on a GPU.
+// What nvcc 13.0 gives: registers per thread on sm_80 / sm_89 / sm_90, and shared memory per block. No kernel
+// spills.
+//     gemm_kernel large          211 / 211 / 215   96 KB    gemm_fp32_kernel linear  130 / 130 / 128  8.5 KB
+//     gemm_kernel medium         217 / 217 / 221   64 KB    gemm_fp32_kernel SwiGLU  135 / 143 / 166  8.5 KB
+//     gemm_kernel small, linear   72 /  72 /  72   96 KB    linear_naive_kernel       30 /  38 /  30    0
+//     gemm_kernel small, SwiGLU   80 /  80 /  80   64 KB    route_kernel              30 /  30 /  30    2 KB
+//
+// On a machine without a GPU, cuda_on_cpu.h runs this same file. It has been compiled and run on the CPU, but
+// not yet measured on a GPU.
 #include "cuda_on_cpu.h"
 
-enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
-enum Label { TEXT, VISUAL };  // any other label is a pad
+enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };  // the numbers that Python passes
+enum Label { TEXT, VISUAL };                // every other label means pad
 
-// What a routed product reads and writes. All matrices are row-major and contiguous, and start at multiples
-// of 16 bytes.
+// What a routed product reads and writes. All matrices are row-major and contiguous, and start at a multiple
+// of 16 bytes. in_features and out_features are multiples of 8. num_tokens includes the pads.
 template <typename T> struct Problem {
-    const T *x, *w_text, *w_visual;    // (n, k), (m, k), (m, k)
-    const T *w3_text, *w3_visual;      // (m, k), (m, k): SwiGLU's factor without silu; w_* is the one with it
-    const T* residual;                 // (n, m), or null
-    T* y;                              // (n, m)
-    const int64_t *gather, *scatter;   // rows, or null where x, or y, is in routed order already
+    const T* x;                       // (num_tokens, in_features)
+    const T *w_text, *w_visual;       // (out_features, in_features); in SwiGLU this is w1, the gate
+    const T *w3_text, *w3_visual;     // (out_features, in_features); in SwiGLU only: w3, the up projection
+    const T* residual;                // (num_tokens, out_features), or null
+    T* y;                             // (num_tokens, out_features)
+    const int64_t *gather, *scatter;  // the permutation; null if x, or y, is in permuted order already
     const int64_t* counts;
-    int n, k, m;
+    int num_tokens, in_features, out_features;
 };
 
 __device__ inline float to_float(float v) { return v; }
@@ -67,191 +76,210 @@ __device__ inline void from_float(__half& to, float v) { to = __float2half(v); }
 
 // ---------------------------------------------------------------- routing
 
-// A stable partition by one block. Each thread counts the labels of its own stretch; an inclusive scan over
-// the threads tells it where its stretch begins in each part of the list; then it walks the stretch again and
-// writes row numbers. rows is int64 since PyTorch indexes with it too; 8 bytes are nothing beside a row of x.
+// A stable partition by a single block. Each thread counts the labels in its own segment of the tokens. An
+// inclusive scan over the threads then gives the place in each part of the list where its segment begins.
+// Finally the thread walks through its segment again and writes the token indices. They are int64 because
+// PyTorch indexes with the permutation too. The 8 bytes per token are negligible beside a row of x.
 constexpr int ROUTE_THREADS = 256;
 __global__ void __launch_bounds__(ROUTE_THREADS)
-moe_route(const uint8_t* labels, int64_t* rows, int64_t* counts, int n) {
-    DYNAMIC_SHARED(int, text_until);  // of all threads up to and including this one
-    int* const visual_until = text_until + ROUTE_THREADS;
-    const int t = threadIdx.x, stretch = (n + ROUTE_THREADS - 1) / ROUTE_THREADS;
-    const int begin = min(n, t * stretch), end = min(n, begin + stretch);
+route_kernel(const uint8_t* labels, int64_t* permutation, int64_t* counts, int num_tokens) {
+    DYNAMIC_SHARED(int, text_scan);  // after the scan, [t] counts the segments of threads 0 to t
+    int* const visual_scan = text_scan + ROUTE_THREADS;
+    const int t = threadIdx.x, segment = (num_tokens + ROUTE_THREADS - 1) / ROUTE_THREADS;
+    const int begin = min(num_tokens, t * segment), end = min(num_tokens, begin + segment);
     int text = 0, visual = 0;
     for (int i = begin; i < end; i++) text += labels[i] == TEXT, visual += labels[i] == VISUAL;
-    text_until[t] = text;
-    visual_until[t] = visual;
+    text_scan[t] = text;
+    visual_scan[t] = visual;
     __syncthreads();
     for (int distance = 1; distance < ROUTE_THREADS; distance *= 2) {  // sums over 2, 4, 8, ... threads
-        const int more_text = t >= distance ? text_until[t - distance] : 0;
-        const int more_visual = t >= distance ? visual_until[t - distance] : 0;
-        __syncthreads();  // all have read before any writes
-        text_until[t] += more_text;
-        visual_until[t] += more_visual;
+        const int more_text = t >= distance ? text_scan[t - distance] : 0;
+        const int more_visual = t >= distance ? visual_scan[t - distance] : 0;
+        __syncthreads();  // all threads have read before any writes
+        text_scan[t] += more_text;
+        visual_scan[t] += more_visual;
         __syncthreads();
     }
-    const int all_text = text_until[ROUTE_THREADS - 1], all_visual = visual_until[ROUTE_THREADS - 1];
-    int text_at = text_until[t] - text, visual_at = visual_until[t] - visual;
-    int pad_at = all_text + all_visual + begin - text_at - visual_at;
-    visual_at += all_text;
+    const int num_text = text_scan[ROUTE_THREADS - 1], num_visual = visual_scan[ROUTE_THREADS - 1];
+    int next_text = text_scan[t] - text, next_visual = visual_scan[t] - visual;  // what earlier segments hold
+    int next_pad = num_text + num_visual + begin - next_text - next_visual;
+    next_visual += num_text;
     for (int i = begin; i < end; i++)
-        rows[labels[i] == TEXT ? text_at++ : labels[i] == VISUAL ? visual_at++ : pad_at++] = i;
-    if (t == 0) counts[0] = all_text, counts[1] = all_visual;
+        permutation[labels[i] == TEXT ? next_text++ : labels[i] == VISUAL ? next_visual++ : next_pad++] = i;
+    if (t == 0) counts[0] = num_text, counts[1] = num_visual;
 }
 
-// ---------------------------------------------------------------- the idea: one thread an output element
+// ---------------------------------------------------------------- the idea: one thread per output element
 
-template <typename T> __global__ void moe_linear_naive(const Problem<T> p) {
+template <typename T> __global__ void linear_naive_kernel(const Problem<T> p) {
     const int64_t element = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (element >= int64_t(p.n) * p.m) return;
-    const int64_t position = element / p.m, column = element % p.m;
-    const int64_t from = p.gather ? p.gather[position] : position;
-    const int64_t to = p.scatter ? p.scatter[position] : position;
-    const int64_t text = p.counts[0], real = text + p.counts[1];
-    const T* w = (position < text ? p.w_text : p.w_visual) + column * p.k;
+    if (element >= int64_t(p.num_tokens) * p.out_features) return;
+    const int64_t permuted_index = element / p.out_features, column = element % p.out_features;
+    const int64_t x_row = p.gather ? p.gather[permuted_index] : permuted_index;
+    const int64_t y_row = p.scatter ? p.scatter[permuted_index] : permuted_index;
+    const int64_t num_text = p.counts[0], pads_begin = num_text + p.counts[1];
+    const T* w_row = (permuted_index < num_text ? p.w_text : p.w_visual) + column * p.in_features;
     float sum = 0;
-    if (position < real)
-        for (int k = 0; k < p.k; k++) sum += to_float(p.x[from * p.k + k]) * to_float(w[k]);
-    if (p.residual) sum += to_float(p.residual[to * p.m + column]);
-    from_float(p.y[to * p.m + column], sum);
+    if (permuted_index < pads_begin)
+        for (int k = 0; k < p.in_features; k++)
+            sum += to_float(p.x[x_row * p.in_features + k]) * to_float(w_row[k]);
+    if (p.residual) sum += to_float(p.residual[y_row * p.out_features + column]);
+    from_float(p.y[y_row * p.out_features + column], sum);
 }
-// Why it is slow: every thread fetches 2·k numbers for k multiply-adds. A tile of BM x BN outputs needs (BM +
-// BN)·k numbers for BM·BN·k multiply-adds, if its threads share what they fetched: that is what shared memory
-// is for.
+// Why it is slow: every thread loads 2·K numbers for K multiply-adds. If the threads of a block share what
+// they load, a tile of BM x BN outputs needs only (BM + BN)·K numbers for BM·BN·K multiply-adds. Shared
+// memory is the place where they share it.
 
 // ---------------------------------------------------------------- what the tiled kernels share
 
-struct RowTile {
-    int begin, end;  // positions that the tile writes; empty: nothing to do
-    int real;        // positions from here on are pads: they are written, but not computed
-    bool visual;
+struct TokenTile {
+    int begin, end;  // the permuted indices whose outputs the block writes; empty if begin >= end
+    int pads_begin;  // permuted indices from here on are pads; their outputs need no product
+    bool visual;     // the expert
 };
-__device__ inline RowTile find_rows(int tile, int BM, const int64_t* counts, int n) {
-    const int text = int(counts[0]), real = text + int(counts[1]);
-    const int text_tiles = (text + BM - 1) / BM;
-    if (tile < text_tiles) return {tile * BM, min(text, tile * BM + BM), text, false};
-    const int begin = text + (tile - text_tiles) * BM;
-    return {begin, min(n, begin + BM), real, true};
+__device__ inline TokenTile find_token_tile(int token_tile, int BM, const int64_t* counts, int num_tokens) {
+    const int num_text = int(counts[0]), pads_begin = num_text + int(counts[1]);
+    const int num_text_tiles = (num_text + BM - 1) / BM;
+    if (token_tile < num_text_tiles)  // it ends before the visual tokens, so it holds no pads
+        return {token_tile * BM, min(num_text, token_tile * BM + BM), num_text, false};
+    const int begin = num_text + (token_tile - num_text_tiles) * BM;
+    return {begin, min(num_tokens, begin + BM), pads_begin, true};
 }
 
-// Blocks start in the order x, y, z. The row tile is x (and z), so that neighbours in time share a weight
-// tile while it is in the L2 cache; a band of BAND row tiles bounds the rows of x that this order goes
-// through meanwhile.
-constexpr int BAND = 32;
-__device__ inline int row_tile_number() { return blockIdx.z * BAND + blockIdx.x; }
+// The GPU starts blocks in the order x, y, z. The y index counts the column tiles. The token tiles are cut
+// into bands: the x index counts the token tiles of one band, and the z index counts the bands. Blocks that
+// run at the same time therefore share a weight tile while it is in the L2 cache. Every column tile reads all
+// rows of x in the band again. The length of a band limits their number, so that many are still in L2.
+constexpr int BAND = 32;  // token tiles
+__device__ inline int token_tile_of_block() { return blockIdx.z * BAND + blockIdx.x; }
 
-template <typename T> struct alignas(16) Vector {  // moves in one 16-byte access
+template <typename T> struct alignas(16) Vector {  // loaded or stored by one 16-byte access
     static constexpr int SIZE = 16 / sizeof(T);
     T v[SIZE];
 };
 
 __device__ inline float silu(float v) { return v / (1 + expf(-v)); }
 
-// Write 16 bytes of one output row, from fp32 sums. m is a multiple of 8, so a vector lies inside the row or
-// outside.
+// Writes 16 bytes of one row of y, from fp32 sums. out_features is a multiple of 8, so a vector lies entirely
+// inside the row or entirely outside of it.
 template <typename T>
-__device__ inline void store(const Problem<T>& p, int64_t row, int column,
-                             const float (&sum)[Vector<T>::SIZE], bool is_pad) {
-    if (column >= p.m) return;
+__device__ inline void store_vector(const Problem<T>& p, int64_t y_row, int column,
+                                    const float (&sum)[Vector<T>::SIZE], bool is_pad) {
+    if (column >= p.out_features) return;
     Vector<T> result{}, residual{};
-    if (p.residual) residual = *reinterpret_cast<const Vector<T>*>(p.residual + row * p.m + column);
+    if (p.residual)
+        residual = *reinterpret_cast<const Vector<T>*>(p.residual + y_row * p.out_features + column);
     for (int i = 0; i < Vector<T>::SIZE; i++)
         from_float(result.v[i], (is_pad ? 0 : sum[i]) + to_float(residual.v[i]));
-    *reinterpret_cast<Vector<T>*>(p.y + row * p.m + column) = result;
+    *reinterpret_cast<Vector<T>*>(p.y + y_row * p.out_features + column) = result;
 }
 
 // ---------------------------------------------------------------- bf16 and fp16: tensor cores
 
-// A block computes BM positions x BN weight rows in steps of BK along k, with WARPS_M x WARPS_N warps side by
-// side. STAGES slots of shared memory form a ring: while one is multiplied, STAGES - 1 others are being
-// filled.
-template <int BM_, int BN_, int BK_, int WARPS_M_, int WARPS_N_, int STAGES_> struct Tile {
+// A block computes BM tokens x BN weight rows, BK numbers along K at a time. It consists of WARPS_M x WARPS_N
+// warps, and each warp computes a warp tile of WM x WN. Shared memory holds a ring of STAGES stages: while
+// the warps multiply one stage, cp.async fills the other STAGES - 1.
+template <int BM_, int BN_, int BK_, int WARPS_M_, int WARPS_N_, int STAGES_> struct BlockTile {
     static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_;
-    static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_;
-    static constexpr int THREADS = 32 * WARPS_M * WARPS_N, SHARED_BYTES = STAGES * (BM + BN) * BK * 2;
-    static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N;  // what one warp computes
+    static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, WM = BM / WARPS_M, WN = BN / WARPS_N;
+    static constexpr int THREADS = 32 * WARPS_M * WARPS_N;
+    static constexpr int STAGE_SIZE = (BM + BN) * BK, SHARED_BYTES = STAGES * STAGE_SIZE * 2;
 };
 
-// Which weight row stands in row r of the weight tile. Any order would do for the product; this one makes the
-// epilogue cheap. mma leaves a lane with columns 2q, 2q+1 (q = lane % 4) of every 8 tile rows. Dealing the
-// weight rows out so that tile row 8h + 2q + i holds column 8q + 2h + i turns four such pairs into 8
-// neighbours: one 16-byte store. SwiGLU alternates 8 rows of w1 with 8 rows of w3, and the gate and up of an
-// element meet in one lane.
-template <bool SWIGLU> __device__ inline int tile_column(int r) {
+// Maps a row of the weight tile in shared memory to the output column that its weights compute, counted from
+// the first column of the block. The product would allow any order. This one makes the epilogue cheap. mma
+// leaves lane l with the sums of tile rows 8g + 2q and 8g + 2q + 1 in every group g of 8 tile rows, where q
+// is l % 4. Four consecutive groups, h = 0 to 3, serve 32 columns: tile row 8h + 2q + i holds the weights of
+// column 8q + 2h + i. So the four pairs of a lane are the 8 adjacent columns 8q to 8q + 7, and one 16-byte
+// access stores them. In SwiGLU, groups of w1 alternate with groups of w3, so that the gate and the up value
+// of an output are in the same lane.
+template <bool SWIGLU> __device__ inline int column_of_weight_row(int tile_row) {
     constexpr int MATRICES = SWIGLU ? 2 : 1;
-    const int eight = r / 8, h = eight / MATRICES % 4, q = r % 8 / 2, i = r % 2;
-    return eight / (4 * MATRICES) * 32 + 8 * q + 2 * h + i;
+    const int group = tile_row / 8, h = group / MATRICES % 4, q = tile_row % 8 / 2, i = tile_row % 2;
+    return group / (4 * MATRICES) * 32 + 8 * q + 2 * h + i;
 }
 
-template <typename T, typename Tile, bool SWIGLU>
-__global__ void __launch_bounds__(Tile::THREADS) moe_gemm(const Problem<T> p) {
+template <typename T, typename Tile, bool SWIGLU>  // Tile: a BlockTile
+__global__ void __launch_bounds__(Tile::THREADS) gemm_kernel(const Problem<T> p) {
     constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, STAGES = Tile::STAGES;
     constexpr int WM = Tile::WM, WN = Tile::WN, WARPS_N = Tile::WARPS_N;
-    constexpr int MATRICES = SWIGLU ? 2 : 1;
-    const RowTile rows = find_rows(row_tile_number(), BM, p.counts, p.n);
-    if (rows.begin >= rows.end) return;
+    constexpr int MATRICES = SWIGLU ? 2 : 1;  // weight rows per output column
+    const TokenTile tokens = find_token_tile(token_tile_of_block(), BM, p.counts, p.num_tokens);
+    if (tokens.begin >= tokens.end) return;
     const int first_column = blockIdx.y * (BN / MATRICES);
     DYNAMIC_SHARED(T, shared);  // STAGES x (BM rows of x, then BN weight rows) x BK
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
-    // Loading. A tile row is CHUNKS chunks of 16 bytes; neighbouring threads load neighbouring chunks of a
-    // row, and PASS rows are loaded at a time. Each thread's rows stay the same for all k, so it looks them
-    // up once.
-    constexpr int CHUNKS = BK / 8, PASS = Tile::THREADS / CHUNKS;
-    static_assert(BM % PASS == 0 && BN % PASS == 0 && PASS % 8 == 0, "a pass loads groups of 8 rows");
+    // Loading. A row of a shared-memory tile consists of 16-byte chunks. Adjacent threads load adjacent
+    // chunks of a row, and all threads together load ROWS_PER_PASS rows in one pass. A thread loads the same
+    // rows at every step along K, so it computes their addresses only once.
+    constexpr int CHUNKS = BK / 8, ROWS_PER_PASS = Tile::THREADS / CHUNKS;
+    static_assert(BM % ROWS_PER_PASS == 0 && BN % ROWS_PER_PASS == 0 && ROWS_PER_PASS % 8 == 0,
+                  "whole passes fill a tile, and row % 8, on which the swizzle depends, is the same in each");
     const int load_row = thread / CHUNKS, load_chunk = thread % CHUNKS;
-    const T *x_rows[BM / PASS], *w_rows[BN / PASS];  // null: there is no such row, load zeros
+    const T *x_sources[BM / ROWS_PER_PASS], *w_sources[BN / ROWS_PER_PASS];  // null: no such row, load zeros
 #pragma unroll
-    for (int i = 0; i < BM / PASS; i++) {
-        const int position = rows.begin + load_row + i * PASS;
-        const bool exists = position < rows.end && position < rows.real;
-        x_rows[i] = exists ? p.x + (p.gather ? p.gather[position] : position) * p.k : nullptr;
+    for (int i = 0; i < BM / ROWS_PER_PASS; i++) {
+        const int permuted_index = tokens.begin + load_row + i * ROWS_PER_PASS;
+        x_sources[i] = nullptr;
+        if (permuted_index < tokens.end && permuted_index < tokens.pads_begin)
+            x_sources[i] = p.x + (p.gather ? p.gather[permuted_index] : permuted_index) * p.in_features;
     }
-    const T* const w1 = rows.visual ? p.w_visual : p.w_text;
-    const T* const w3 = rows.visual ? p.w3_visual : p.w3_text;
+    const T* const w1 = tokens.visual ? p.w_visual : p.w_text;
+    const T* const w3 = tokens.visual ? p.w3_visual : p.w3_text;
 #pragma unroll
-    for (int i = 0; i < BN / PASS; i++) {
-        const int r = load_row + i * PASS, column = first_column + tile_column<SWIGLU>(r);
-        w_rows[i] = column < p.m ? (SWIGLU && r / 8 % 2 ? w3 : w1) + int64_t(column) * p.k : nullptr;
+    for (int i = 0; i < BN / ROWS_PER_PASS; i++) {
+        const int tile_row = load_row + i * ROWS_PER_PASS;
+        const int column = first_column + column_of_weight_row<SWIGLU>(tile_row);
+        w_sources[i] = nullptr;
+        if (column < p.out_features)
+            w_sources[i] = (SWIGLU && tile_row / 8 % 2 ? w3 : w1) + int64_t(column) * p.in_features;
     }
-    // ldmatrix reads one chunk of 8 consecutive tile rows at a time. The 32 banks serve 128 bytes at once,
-    // that is 64 / BK tile rows: unless rows rotate their chunks, these 8 chunks would share banks. XOR with
-    // the row does that.
+    // The swizzle. ldmatrix reads the same chunk of 8 consecutive tile rows at once. The 32 banks of shared
+    // memory serve 128 bytes at a time, and 64 / BK tile rows fill 128 bytes. Without a swizzle, several of
+    // the 8 chunks would be in the same banks. So chunk c of tile row r is stored as chunk c ^ (r % 8 /
+    // ROWS_PER_128_BYTES), which spreads the 8 chunks over all banks.
     constexpr int ROWS_PER_128_BYTES = 64 / BK;
-    const int store_chunk = load_chunk ^ (load_row % 8 / ROWS_PER_128_BYTES);
-    const int k_tiles = rows.begin < rows.real ? (p.k + BK - 1) / BK : 0;  // a tile of pads computes nothing
+    const int swizzled_chunk = load_chunk ^ (load_row % 8 / ROWS_PER_128_BYTES);
+    // A tile of pads alone needs no product.
+    const int num_k_tiles = tokens.begin < tokens.pads_begin ? (p.in_features + BK - 1) / BK : 0;
     auto load = [&](int k_tile) {
-        if (k_tile < k_tiles) {
-            T* const to = shared + k_tile % STAGES * (BM + BN) * BK + load_row * BK + store_chunk * 8;
-            const int k = k_tile * BK + load_chunk * 8;  // like p.k a multiple of 8: no chunk straddles it
-            auto copy = [&](T* slot, const T* row) {
-                const bool exists = row != nullptr && k < p.k;
-                cp_async16(slot, exists ? row + k : p.x, exists ? 16 : 0);
+        if (k_tile < num_k_tiles) {
+            T* const stage = shared + k_tile % STAGES * Tile::STAGE_SIZE;
+            T* const destination = stage + load_row * BK + swizzled_chunk * 8;
+            const int k = k_tile * BK + load_chunk * 8;  // K is a multiple of 8, so no chunk crosses its end
+            auto copy = [&](int tile_row, const T* source) {
+                const bool exists = source != nullptr && k < p.in_features;
+                cp_async16(destination + tile_row * BK, exists ? source + k : p.x, exists ? 16 : 0);
             };
 #pragma unroll
-            for (int i = 0; i < BM / PASS; i++) copy(to + i * PASS * BK, x_rows[i]);
+            for (int i = 0; i < BM / ROWS_PER_PASS; i++) copy(i * ROWS_PER_PASS, x_sources[i]);
 #pragma unroll
-            for (int i = 0; i < BN / PASS; i++) copy(to + (BM + i * PASS) * BK, w_rows[i]);
+            for (int i = 0; i < BN / ROWS_PER_PASS; i++) copy(BM + i * ROWS_PER_PASS, w_sources[i]);
         }
-        cp_async_commit();  // one group a k tile, past the last one empty groups: the wait below counts them
+        // Every call commits one group, even an empty one past the last K tile: cp_async_wait counts groups.
+        cp_async_commit();
     };
 
-    // Multiplying. sum[i][j] is the warp's part of C at rows 16i, weight-tile rows 8j, spread over lanes as
-    // mma has it.
+    // Multiplying. Matrix A of mma is the tile of x, and matrix B is the weight tile. sum[i][j] holds 16 x 8
+    // outputs of the warp tile, from row 16i of A and row 8j of the weight tile on, spread over the lanes as
+    // mma leaves them. ldmatrix loads four 8 x 8 matrices and takes from each lane the address of one of
+    // their rows. For A these matrices are rows 0-7 and 8-15 of one chunk, then the same rows of the next
+    // chunk. For B they are both chunks of rows 0-7, then both chunks of rows 8-15.
     float sum[WM / 16][WN / 8][4] = {};
-    const int x_row = warp / WARPS_N * WM + lane % 16;                      // the addresses that this lane
-    const int w_row = BM + warp % WARPS_N * WN + lane / 16 * 8 + lane % 8;  // gives to ldmatrix
-    const int rotate = lane % 8 / ROWS_PER_128_BYTES;
-    auto multiply = [&](const T* slot) {
+    const int a_row = warp / WARPS_N * WM + lane % 16;
+    const int b_row = BM + warp % WARPS_N * WN + lane / 16 * 8 + lane % 8;
+    const int swizzle = lane % 8 / ROWS_PER_128_BYTES;
+    auto multiply = [&](const T* stage) {
 #pragma unroll
-        for (int k = 0; k < CHUNKS; k += 2) {  // 16 numbers along k
+        for (int chunk = 0; chunk < CHUNKS; chunk += 2) {  // two chunks are the 16 numbers along K of one mma
             uint32_t a[WM / 16][4], b[WN / 16][4];
 #pragma unroll
             for (int i = 0; i < WM / 16; i++)
-                ldmatrix_x4(a[i], slot + (x_row + i * 16) * BK + ((k + lane / 16) ^ rotate) * 8);
+                ldmatrix_x4(a[i], stage + (a_row + i * 16) * BK + ((chunk + lane / 16) ^ swizzle) * 8);
 #pragma unroll
             for (int j = 0; j < WN / 16; j++)
-                ldmatrix_x4(b[j], slot + (w_row + j * 16) * BK + ((k + lane / 8 % 2) ^ rotate) * 8);
+                ldmatrix_x4(b[j], stage + (b_row + j * 16) * BK + ((chunk + lane / 8 % 2) ^ swizzle) * 8);
 #pragma unroll
             for (int i = 0; i < WM / 16; i++)
 #pragma unroll
@@ -261,83 +289,90 @@ __global__ void __launch_bounds__(Tile::THREADS) moe_gemm(const Problem<T> p) {
     };
 
     for (int k_tile = 0; k_tile < STAGES - 1; k_tile++) load(k_tile);
-    for (int k_tile = 0; k_tile < k_tiles; k_tile++) {
+    for (int k_tile = 0; k_tile < num_k_tiles; k_tile++) {
         cp_async_wait<STAGES - 2>();  // this thread's copies of k_tile have arrived
-        __syncthreads();              // everybody's have, and everybody is done with k_tile - 1,
-        load(k_tile + STAGES - 1);    // whose slot this overwrites
-        multiply(shared + k_tile % STAGES * (BM + BN) * BK);
+        __syncthreads();              // now those of all threads have, and no thread still reads k_tile - 1
+        load(k_tile + STAGES - 1);    // so this may overwrite the stage of k_tile - 1
+        multiply(shared + k_tile % STAGES * Tile::STAGE_SIZE);
     }
 
-    // Storing: two rows of every 16 belong to a lane, and of every 32 columns 8 neighbours (see tile_column).
+    // The epilogue. Of every 16 tokens a lane holds two, 8 apart. Of every 32 columns it holds 8 adjacent
+    // ones (see column_of_weight_row).
 #pragma unroll
     for (int i = 0; i < WM / 16 * 2; i++) {
-        const int position = rows.begin + warp / WARPS_N * WM + i * 8 + lane / 4;
-        if (position >= rows.end) break;
-        const int64_t row = p.scatter ? p.scatter[position] : position;
+        const int permuted_index = tokens.begin + warp / WARPS_N * WM + i * 8 + lane / 4;
+        if (permuted_index >= tokens.end) break;
+        const int64_t y_row = p.scatter ? p.scatter[permuted_index] : permuted_index;
 #pragma unroll
         for (int j = 0; j < WN / (32 * MATRICES); j++) {
             float result[8];
 #pragma unroll
             for (int c = 0; c < 8; c++) {
-                const int eight = (j * 4 + c / 2) * MATRICES, e = i % 2 * 2 + c % 2;
-                result[c] = sum[i / 2][eight][e];
-                if (SWIGLU) result[c] = silu(result[c]) * sum[i / 2][eight + MATRICES - 1][e];
+                const int group = (j * 4 + c / 2) * MATRICES, element = i % 2 * 2 + c % 2;
+                result[c] = sum[i / 2][group][element];
+                if (SWIGLU) result[c] = silu(result[c]) * sum[i / 2][group + MATRICES - 1][element];
             }
             const int column = first_column + warp % WARPS_N * (WN / MATRICES) + j * 32 + lane % 4 * 8;
-            store(p, row, column, result, position >= rows.real);
+            store_vector(p, y_row, column, result, permuted_index >= tokens.pads_begin);
         }
     }
 }
 
-// ---------------------------------------------------------------- fp32: multiply-adds of the ordinary cores
+// ---------------------------------------------------------------- fp32: FMAs on the CUDA cores
 
-// 64 positions x 64 weight rows a block, 64 threads, 8 x 8 sums a thread: 16 numbers from shared memory feed
-// 64 multiply-adds. Both tiles are stored k first, so that a thread reads its rows in 16-byte vectors; its 8
-// weight rows are 4 in each half of the tile, which keeps the banks apart. In SwiGLU the first half holds w1,
-// the second w3.
+// A block of 64 threads computes 64 tokens x 64 weight rows, 8 x 8 sums per thread. For every step along K a
+// thread reads 16 numbers from shared memory and makes 64 multiply-adds. Both tiles are stored transposed,
+// [K][row], so that a thread reads several rows of one k as a 16-byte vector. Four of its weight rows are in
+// the first half of the tile and four in the second. So the threads that read together read consecutive
+// vectors, which avoids bank conflicts. In SwiGLU the first half holds w1 and the second half w3. The 4
+// floats of padding keep the vectors aligned and halve the bank conflicts of the transposed stores.
 constexpr int F32_B = 64, F32_BK = 16, F32_STRIDE = F32_B + 4, F32_THREADS = 64;
 constexpr int F32_SHARED_BYTES = 2 * F32_BK * F32_STRIDE * 4;
-template <bool SWIGLU> __global__ void __launch_bounds__(F32_THREADS) moe_gemm_fp32(const Problem<float> p) {
-    const RowTile rows = find_rows(row_tile_number(), F32_B, p.counts, p.n);
-    if (rows.begin >= rows.end) return;
+template <bool SWIGLU>
+__global__ void __launch_bounds__(F32_THREADS) gemm_fp32_kernel(const Problem<float> p) {
+    const TokenTile tokens = find_token_tile(token_tile_of_block(), F32_B, p.counts, p.num_tokens);
+    if (tokens.begin >= tokens.end) return;
     const int first_column = blockIdx.y * (SWIGLU ? F32_B / 2 : F32_B);
-    DYNAMIC_SHARED(float, x_tile);  // [F32_BK][F32_STRIDE], twice
+    DYNAMIC_SHARED(float, x_tile);  // [F32_BK][F32_STRIDE], followed by w_tile of the same shape
     float* const w_tile = x_tile + F32_BK * F32_STRIDE;
-    const int thread = threadIdx.x, load_row = thread / 4, load_k = thread % 4 * 4;  // 4 threads a row
-    const float* const w1 = rows.visual ? p.w_visual : p.w_text;
-    const float* const w3 = rows.visual ? p.w3_visual : p.w3_text;
-    const float *x_rows[4], *w_rows[4];
+    const int thread = threadIdx.x, load_row = thread / 4, load_k = thread % 4 * 4;  // 4 threads load a row
+    const float* const w1 = tokens.visual ? p.w_visual : p.w_text;
+    const float* const w3 = tokens.visual ? p.w3_visual : p.w3_text;
+    const float *x_sources[4], *w_sources[4];  // null: no such row, load zeros
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const int r = load_row + i * 16, position = rows.begin + r;
-        const bool exists = position < rows.end && position < rows.real;
-        x_rows[i] = exists ? p.x + (p.gather ? p.gather[position] : position) * p.k : nullptr;
-        const int column = first_column + (SWIGLU ? r % 32 : r);
-        w_rows[i] = column < p.m ? (SWIGLU && r >= 32 ? w3 : w1) + int64_t(column) * p.k : nullptr;
+        const int tile_row = load_row + i * 16, permuted_index = tokens.begin + tile_row;
+        x_sources[i] = nullptr;
+        if (permuted_index < tokens.end && permuted_index < tokens.pads_begin)
+            x_sources[i] = p.x + (p.gather ? p.gather[permuted_index] : permuted_index) * p.in_features;
+        const int column = first_column + (SWIGLU ? tile_row % 32 : tile_row);
+        w_sources[i] = nullptr;
+        if (column < p.out_features)
+            w_sources[i] = (SWIGLU && tile_row >= 32 ? w3 : w1) + int64_t(column) * p.in_features;
     }
-    auto load = [&](float* tile, int row, const float* from, int k) {
-        const bool exists = from != nullptr && k < p.k;
+    auto load = [&](float* shared_tile, int tile_row, const float* source, int k) {
         Vector<float> four{};
-        if (exists) four = *reinterpret_cast<const Vector<float>*>(from + k);
+        if (source != nullptr && k < p.in_features)
+            four = *reinterpret_cast<const Vector<float>*>(source + k);
 #pragma unroll
-        for (int i = 0; i < 4; i++) tile[(load_k + i) * F32_STRIDE + row] = four.v[i];
+        for (int i = 0; i < 4; i++) shared_tile[(load_k + i) * F32_STRIDE + tile_row] = four.v[i];
     };
-    const int row = thread / 8 * 8, column = thread % 8 * 4;
+    const int a_row = thread / 8 * 8, b_row = thread % 8 * 4;  // where this thread reads x_tile and w_tile
     float sum[8][8] = {};
-    for (int k = 0; k < (rows.begin < rows.real ? p.k : 0); k += F32_BK) {
-        __syncthreads();  // everybody is done with the tile before
+    for (int k = 0; k < (tokens.begin < tokens.pads_begin ? p.in_features : 0); k += F32_BK) {
+        __syncthreads();  // no thread still reads the previous tiles
 #pragma unroll
-        for (int i = 0; i < 4; i++) load(x_tile, load_row + i * 16, x_rows[i], k + load_k);
+        for (int i = 0; i < 4; i++) load(x_tile, load_row + i * 16, x_sources[i], k + load_k);
 #pragma unroll
-        for (int i = 0; i < 4; i++) load(w_tile, load_row + i * 16, w_rows[i], k + load_k);
+        for (int i = 0; i < 4; i++) load(w_tile, load_row + i * 16, w_sources[i], k + load_k);
         __syncthreads();
 #pragma unroll
         for (int kk = 0; kk < F32_BK; kk++) {
             Vector<float> a[2], b[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                a[half] = *reinterpret_cast<Vector<float>*>(x_tile + kk * F32_STRIDE + row + half * 4);
-                b[half] = *reinterpret_cast<Vector<float>*>(w_tile + kk * F32_STRIDE + column + half * 32);
+                a[half] = *reinterpret_cast<Vector<float>*>(x_tile + kk * F32_STRIDE + a_row + half * 4);
+                b[half] = *reinterpret_cast<Vector<float>*>(w_tile + kk * F32_STRIDE + b_row + half * 32);
             }
 #pragma unroll
             for (int i = 0; i < 8; i++)
@@ -347,16 +382,17 @@ template <bool SWIGLU> __global__ void __launch_bounds__(F32_THREADS) moe_gemm_f
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        const int position = rows.begin + row + i;
-        if (position >= rows.end) break;
-        const int64_t to = p.scatter ? p.scatter[position] : position;
+        const int permuted_index = tokens.begin + a_row + i;
+        if (permuted_index >= tokens.end) break;
+        const int64_t y_row = p.scatter ? p.scatter[permuted_index] : permuted_index;
 #pragma unroll
         for (int half = 0; half < (SWIGLU ? 1 : 2); half++) {
             float result[4];
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 result[j] = SWIGLU ? silu(sum[i][j]) * sum[i][4 + j] : sum[i][half * 4 + j];
-            store(p, to, first_column + column + half * 32, result, position >= rows.real);
+            const int column = first_column + b_row + half * 32;
+            store_vector(p, y_row, column, result, permuted_index >= tokens.pads_begin);
         }
     }
 }
@@ -365,100 +401,116 @@ template <bool SWIGLU> __global__ void __launch_bounds__(F32_THREADS) moe_gemm_f
 
 static int div_up(int a, int b) { return (a + b - 1) / b; }
 
-static dim3 tile_grid(int n, int m, int BM, int columns) {
-    const int row_tiles = div_up(n, BM) + 1;
-    return dim3(min(row_tiles, BAND), div_up(m, columns), div_up(row_tiles, BAND));
+static dim3 tile_grid(int num_tokens, int out_features, int BM, int columns_per_block) {
+    const int num_token_tiles = div_up(num_tokens, BM) + 1;
+    return dim3(min(num_token_tiles, BAND), div_up(out_features, columns_per_block),
+                div_up(num_token_tiles, BAND));
 }
 
 template <typename T, typename Tile, bool SWIGLU>
-static int launch_tile(const Problem<T>& p, cudaStream_t stream) {
-    const auto kernel = moe_gemm<T, Tile, SWIGLU>;
-    // more than 48 KB of shared memory must be asked for, on every device that is used
-    const cudaError_t e =
+static int launch_block_tile(const Problem<T>& p, cudaStream_t stream) {
+    const auto kernel = gemm_kernel<T, Tile, SWIGLU>;
+    // A kernel may use more than 48 KB of shared memory only if this attribute allows it. The attribute is
+    // set per device, so we set it before every launch.
+    const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::SHARED_BYTES);
-    if (e != cudaSuccess) return e;
-    const dim3 grid = tile_grid(p.n, p.m, Tile::BM, SWIGLU ? Tile::BN / 2 : Tile::BN);
+    if (error != cudaSuccess) return error;
+    const dim3 grid = tile_grid(p.num_tokens, p.out_features, Tile::BM, SWIGLU ? Tile::BN / 2 : Tile::BN);
     LAUNCH(kernel, grid, Tile::THREADS, Tile::SHARED_BYTES, stream, p);
     return cudaGetLastError();
 }
 
-// Large tiles fetch least from L2 per multiply-add; small tiles give every multiprocessor a block when rows
-// are few, and keep many bytes in flight, which is what counts there. All fit in 96 KB, the most that an
-// sm_89 block may have.
-template <bool SWIGLU> using Large = Tile<128, 256, 32, 2, 4, 4>;
-template <bool SWIGLU> using Medium = Tile<128, 128, 32, 2, 2, 4>;
-template <bool SWIGLU> using Small = Tile<64, SWIGLU ? 64 : 32, 64, 4, 1, SWIGLU ? 4 : 8>;
-enum Choice { AUTO, SMALL, MEDIUM, LARGE, NAIVE };  // AUTO serves callers; the others tests and measurements
+// Large tiles load the fewest bytes from L2 per multiply-add. With few tokens, most of the time goes into
+// reading the weights. Small tiles then give every multiprocessor a block, and their ring of stages keeps
+// many bytes in flight. All tiles fit in 96 KB of shared memory, because a block on sm_89 gets at most 99 KB.
+template <bool SWIGLU> using LargeTile = BlockTile<128, 256, 32, 2, 4, 4>;
+template <bool SWIGLU> using MediumTile = BlockTile<128, 128, 32, 2, 2, 4>;
+template <bool SWIGLU> using SmallTile = BlockTile<64, SWIGLU ? 64 : 32, 64, 4, 1, SWIGLU ? 4 : 8>;
+// The model uses AUTO. Tests and benchmarks force the others. NAIVE runs linear_naive_kernel.
+enum TileConfig { AUTO, SMALL, MEDIUM, LARGE, NAIVE };
 
 template <bool SWIGLU, typename T>
-static int launch_tiled(const Problem<T>& p, int tile, cudaStream_t stream) {
-    if (tile == AUTO) {
-        int device = 0, processors = 0;
-        cudaError_t e = cudaGetDevice(&device);
-        if (e == cudaSuccess) e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-        if (e != cudaSuccess) return e;
-        auto fills = [&](int BM, int BN) {
-            return int64_t(div_up(p.n, BM)) * div_up(p.m, SWIGLU ? BN / 2 : BN) >= processors;
+static int launch_gemm(const Problem<T>& p, int tile_config, cudaStream_t stream) {
+    if (tile_config == AUTO) {  // the largest block tile of which every multiprocessor gets at least one
+        int device = 0, multiprocessors = 0;
+        cudaError_t error = cudaGetDevice(&device);
+        if (error == cudaSuccess)
+            error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        if (error != cudaSuccess) return error;
+        auto fills_device = [&](int BM, int BN) {
+            return int64_t(div_up(p.num_tokens, BM)) * div_up(p.out_features, SWIGLU ? BN / 2 : BN) >=
+                   multiprocessors;
         };
-        tile = fills(128, 256) ? LARGE : fills(128, 128) ? MEDIUM : SMALL;
+        tile_config = fills_device(128, 256) ? LARGE : fills_device(128, 128) ? MEDIUM : SMALL;
     }
-    if (tile == LARGE) return launch_tile<T, Large<SWIGLU>, SWIGLU>(p, stream);
-    if (tile == MEDIUM) return launch_tile<T, Medium<SWIGLU>, SWIGLU>(p, stream);
-    return launch_tile<T, Small<SWIGLU>, SWIGLU>(p, stream);
+    if (tile_config == LARGE) return launch_block_tile<T, LargeTile<SWIGLU>, SWIGLU>(p, stream);
+    if (tile_config == MEDIUM) return launch_block_tile<T, MediumTile<SWIGLU>, SWIGLU>(p, stream);
+    return launch_block_tile<T, SmallTile<SWIGLU>, SWIGLU>(p, stream);
 }
 
 template <bool SWIGLU>
-static int launch_tiled(const Problem<float>& p, int /*the only one*/, cudaStream_t stream) {
-    const auto kernel = moe_gemm_fp32<SWIGLU>;
-    const dim3 grid = tile_grid(p.n, p.m, F32_B, SWIGLU ? F32_B / 2 : F32_B);
+static int launch_gemm(const Problem<float>& p, int /*tile_config: fp32 has only one*/, cudaStream_t stream) {
+    const auto kernel = gemm_fp32_kernel<SWIGLU>;
+    const dim3 grid = tile_grid(p.num_tokens, p.out_features, F32_B, SWIGLU ? F32_B / 2 : F32_B);
     LAUNCH(kernel, grid, F32_THREADS, F32_SHARED_BYTES, stream, p);
     return cudaGetLastError();
 }
 
-template <bool SWIGLU, typename T> static int launch(const Problem<T>& p, int choice, cudaStream_t stream) {
-    if (p.n == 0 || p.m == 0) return cudaSuccess;  // an empty grid would be an error
-    if (choice != NAIVE) return launch_tiled<SWIGLU>(p, choice, stream);
-    const auto kernel = moe_linear_naive<T>;
-    const int64_t blocks = (int64_t(p.n) * p.m + 255) / 256;
+template <bool SWIGLU, typename T>
+static int launch_product(const Problem<T>& p, int tile_config, cudaStream_t stream) {
+    if (p.num_tokens == 0 || p.out_features == 0) return cudaSuccess;  // CUDA rejects an empty grid
+    if (tile_config != NAIVE) return launch_gemm<SWIGLU>(p, tile_config, stream);
+    const auto kernel = linear_naive_kernel<T>;
+    const int64_t blocks = (int64_t(p.num_tokens) * p.out_features + 255) / 256;
     if (SWIGLU || blocks > INT32_MAX) return cudaErrorInvalidValue;
     LAUNCH(kernel, dim3(unsigned(blocks)), 256, 0, stream, p);
     return cudaGetLastError();
 }
 
-struct Arguments {  // a Problem before its type is known
+struct UntypedProblem {  // a Problem as Python passes it, with its element type known only at run time
     const void *x, *w_text, *w_visual, *w3_text, *w3_visual, *residual;
     void* y;
     const int64_t *gather, *scatter, *counts;
-    int n, k, m;
+    int num_tokens, in_features, out_features;
     template <typename T> Problem<T> as() const {
-        auto t = [](const void* pointer) { return static_cast<const T*>(pointer); };
-        return {t(x), t(w_text), t(w_visual), t(w3_text), t(w3_visual), t(residual), static_cast<T*>(y),
-                gather, scatter, counts, n, k, m};
+        auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
+        return {typed(x), typed(w_text), typed(w_visual), typed(w3_text), typed(w3_visual), typed(residual),
+                static_cast<T*>(y), gather, scatter, counts, num_tokens, in_features, out_features};
     }
 };
-template <bool SWIGLU> static int launch(const Arguments& a, int dtype, int choice, cudaStream_t stream) {
-    if (dtype == FLOAT32) return launch<SWIGLU>(a.as<float>(), choice, stream);
-    if (dtype == BFLOAT16) return launch<SWIGLU>(a.as<__nv_bfloat16>(), choice, stream);
-    if (dtype == FLOAT16) return launch<SWIGLU>(a.as<__half>(), choice, stream);
+template <bool SWIGLU>
+static int launch_for_dtype(const UntypedProblem& p, int dtype, int tile_config, cudaStream_t stream) {
+    if (dtype == FLOAT32) return launch_product<SWIGLU>(p.as<float>(), tile_config, stream);
+    if (dtype == BFLOAT16) return launch_product<SWIGLU>(p.as<__nv_bfloat16>(), tile_config, stream);
+    if (dtype == FLOAT16) return launch_product<SWIGLU>(p.as<__half>(), tile_config, stream);
     return cudaErrorInvalidValue;
 }
 
-// What Python calls. Pointers are device memory; the launch goes to the current device and the given stream,
-// allocates nothing and waits for nothing. Returns 0 or a CUDA error code.
-extern "C" int mmoe_route(const uint8_t* labels, int64_t* rows, int64_t* counts, int n, cudaStream_t stream) {
-    LAUNCH(moe_route, 1, ROUTE_THREADS, 2 * ROUTE_THREADS * sizeof(int), stream, labels, rows, counts, n);
+// What Python calls. All pointers are device pointers, dtype is a Dtype, and tile_config is a TileConfig. The
+// functions launch on the current device and the given stream. They allocate nothing and wait for nothing.
+// They return 0 or a CUDA error code.
+extern "C" int moe_route(const uint8_t* labels, int64_t* permutation, int64_t* counts, int num_tokens,
+                         cudaStream_t stream) {
+    LAUNCH(route_kernel, 1, ROUTE_THREADS, 2 * ROUTE_THREADS * sizeof(int), stream,
+           labels, permutation, counts, num_tokens);
     return cudaGetLastError();
 }
-extern "C" int mmoe_linear(const void* x, const void* w_text, const void* w_visual, const void* residual,
-                           void* y, const int64_t* gather, const int64_t* scatter, const int64_t* counts,
-                           int n, int k, int m, int dtype, int choice, cudaStream_t stream) {
-    const Arguments a{x, w_text, w_visual, nullptr, nullptr, residual, y, gather, scatter, counts, n, k, m};
-    return launch<false>(a, dtype, choice, stream);
+// gather and scatter are the permutation. Null means that x, or y and residual, is already in permuted order.
+extern "C" int moe_linear(const void* x, const void* w_text, const void* w_visual, const void* residual,
+                          void* y, const int64_t* gather, const int64_t* scatter, const int64_t* counts,
+                          int num_tokens, int in_features, int out_features, int dtype, int tile_config,
+                          cudaStream_t stream) {
+    const UntypedProblem p{x, w_text, w_visual, nullptr, nullptr, residual, y, gather, scatter, counts,
+                           num_tokens, in_features, out_features};
+    return launch_for_dtype<false>(p, dtype, tile_config, stream);
 }
-extern "C" int mmoe_swiglu(const void* x, const void* w1_text, const void* w3_text, const void* w1_visual,
-                           const void* w3_visual, void* h, const int64_t* rows, const int64_t* counts,
-                           int n, int k, int m, int dtype, int choice, cudaStream_t stream) {
-    const Arguments a{x, w1_text, w1_visual, w3_text, w3_visual, nullptr, h, rows, nullptr, counts, n, k, m};
-    return launch<true>(a, dtype, choice, stream);
+// x is in reading order. h is written in permuted order, since only the second half of the FFN reads it.
+extern "C" int moe_swiglu(const void* x, const void* w1_text, const void* w3_text, const void* w1_visual,
+                          const void* w3_visual, void* h, const int64_t* permutation, const int64_t* counts,
+                          int num_tokens, int in_features, int out_features, int dtype, int tile_config,
+                          cudaStream_t stream) {
+    const UntypedProblem p{x, w1_text, w1_visual, w3_text, w3_visual, nullptr, h, permutation, nullptr,
+                           counts, num_tokens, in_features, out_features};
+    return launch_for_dtype<true>(p, dtype, tile_config, stream);
 }
-extern "C" const char* mmoe_error(int code) { return cudaGetErrorString(cudaError_t(code)); }
+extern "C" const char* moe_error_string(int code) { return cudaGetErrorString(cudaError_t(code)); }

@@ -22,18 +22,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (
-    JsonlDataset,
-    TextStream,
-    Tokenizer,
-    collate,
-    encode_conversation,
-    flag,
-    load_image,
-    parse_flags,
-    turns,
-)
-from mono_internvl import InputError, KVCache, MonoInternVL, MonoInternVLConfig
+from checkpoint import newest_checkpoint
+from common import InputError, flag, parse_flags
+from data import JsonlDataset, TextStream, Tokenizer, collate, encode_conversation, load_image, turns
+from generate import KVCache
+from mono_internvl import MonoInternVL, MonoInternVLConfig
 
 GREETING = """/image FILE [FILE ...] adds images to your next message, /clear starts over.
 Ctrl-C stops an answer; /exit, Ctrl-D or Ctrl-C at the prompt ends the chat."""
@@ -64,16 +57,6 @@ class Flags:
     prefill_chunk: int | None = flag(4096, "tokens of the prompt read at a time: bounds memory")
     cuda_graphs: bool = flag(True, "on a GPU, replay decoding steps as CUDA graphs")
     compile: bool = flag(False, "compile the decoding step: a minute at the start, then faster on a GPU")
-
-
-def newest_checkpoint() -> Path:
-    """train_evip.py writes out/RUN/STAGE/, config.json last."""
-    found = sorted(Path("out").glob("*/*/config.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise InputError("there is no checkpoint below out/: run `python train_evip.py` first, "
-                         "or name a folder with --model")
-    print(f"model: {found[-1].parent}, the newest below out/", file=sys.stderr)
-    return found[-1].parent
 
 
 def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
@@ -327,7 +310,10 @@ def write(output: Path, done: dict[int, bytes]):
 def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(Flags, argv, __doc__.split("\n")[0])
     try:
-        folder = Path(flags.model) if flags.model else newest_checkpoint()
+        if flags.model is None:
+            flags.model = newest_checkpoint()
+            print(f"model: {flags.model}, the newest below out/", file=sys.stderr)
+        folder = Path(flags.model)
         flags.model = str(folder.resolve())
         config, tok = MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder)
         max_tiles = config.max_dynamic_patch if flags.max_tiles is None else flags.max_tiles

@@ -53,48 +53,43 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 import bench
+import budget
+import checkpoint
+import common
 import data
+import evaluate
+import generate
+import moe_kernel
 import mono_internvl
 import sample
 import train_evip
+import world
+from common import InputError, flag, parse_flags
 from data import (
     IGNORED,
     Batches,
     JsonlDataset,
     TextStream,
     Tokenizer,
-    World,
     chat_prompt,
     collate,
     encode_conversation,
-    flag,
     load_image,
     load_meta,
     pack,
-    parse_flags,
     tile_image,
 )
+from generate import KVCache, sample_token
 from mono_internvl import (
-    KERNEL_DTYPES,
     FeedForward,
-    InputError,
-    KVCache,
     MonoInternVL,
     MonoInternVLConfig,
     Routing,
-    build_kernel,
-    cuda_mmoe_linear,
-    cuda_mmoe_swiglu,
-    kernel_library,
-    kernel_linear,
-    kernel_route,
-    kernel_swiglu,
-    launch_kernel,
     mmoe_linear,
     mmoe_swiglu,
     pixel_shuffle,
-    sample_token,
 )
+from world import World
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / "assets" / "golden"
@@ -375,10 +370,10 @@ def test_routing_is_a_stable_partition_into_text_visual_and_pads(kinds, rows):
     kinds = torch.tensor(kinds * rows).view(rows, -1)
     routing = Routing(kinds == 1, (kinds != 2).long())
     parts = [[i for i, kind in enumerate(kinds.flatten().tolist()) if kind == k] for k in (0, 1, 2)]
-    assert routing.rows.tolist() == sum(parts, [])
+    assert routing.permutation.tolist() == sum(parts, [])
     assert routing.counts.tolist() == [len(parts[0]), len(parts[1])]
-    assert [r.tolist() for r in routing.split] == parts[:2]
-    assert (routing.rows.dtype, routing.counts.dtype) == (torch.int64, torch.int64)
+    assert [r.tolist() for r in routing.token_indices] == parts[:2]
+    assert (routing.permutation.dtype, routing.counts.dtype) == (torch.int64, torch.int64)
 
 
 @law
@@ -621,7 +616,7 @@ def generated(model, ids, *args, **options) -> tuple[list, list[int]]:
 @pytest.mark.parametrize("block", [4, 64])
 def test_turns_that_share_a_cache_equal_one_long_prompt_and_read_only_what_is_new(device, chunk, block,
                                                                                    monkeypatch):
-    monkeypatch.setattr(KVCache, "BLOCKS", {device: block})
+    monkeypatch.setattr(KVCache, "BLOCK_SIZES", {device: block})
     model, tiles = tiny().to(device), torch.randn(5, 3, 4, 4, device=device)
     cache, ids, options = KVCache(model.config), [], dict(max_new_tokens=6, prefill_chunk=chunk)
     for turn, n in (([1, 5, IMG, 6, 7], 1), ([8, IMG, IMG, 9, IMG, 10], 4), ([11, 12], 4), ([IMG, 3], 5)):
@@ -726,7 +721,7 @@ def test_rows_that_end_leave_the_batch_and_change_no_other_row(device, rows, eos
     ids, mask, pixels = ids.to(device), mask.to(device), None if pixels is None else pixels.to(device)
     options = dict(max_new_tokens=8, eos_token_id=eos, temperature=1.5 * sampled)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KVCache, "BLOCKS", {device: block})
+        patch.setattr(KVCache, "BLOCK_SIZES", {device: block})
         states = []
         hook = record(model.language_model.model["norm"], states)
         together = list(zip(*stream(model, ids, pixels, mask, seed=3, **options), strict=True))
@@ -745,8 +740,8 @@ def test_rows_that_end_leave_the_batch_and_change_no_other_row(device, rows, eos
 
 
 def test_compiled_decoding_gives_the_same_tokens(monkeypatch):
-    monkeypatch.setattr(KVCache, "BLOCKS", {"cpu": 4})       # 3 sizes of what a step sees
-    monkeypatch.setattr(mono_internvl, "compiled",
+    monkeypatch.setattr(KVCache, "BLOCK_SIZES", {"cpu": 4})       # 3 sizes of what a step sees
+    monkeypatch.setattr(generate, "compiled",
                         functools.cache(lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")))
     model, (ids, _, mask) = tiny(), batch_of([[False] * 4, [False] * 2])
     plain = stream(model, ids, None, mask, max_new_tokens=8)
@@ -759,9 +754,9 @@ def test_a_compiled_step_copies_no_cache():
     cache = KVCache(model.config)
     with torch.no_grad():
         cache.reserve(3, 90, torch.float32, "cpu")
-        cache.write, cache.visible = cache.column, 64
-        step = torch.compile(model.decode_step, fullgraph=True)
-        _, (code,) = run_and_get_code(step, cache.token[:1], cache)
+        cache.new_slots, cache.visible = cache.step_buffers.slot, 64
+        step = torch.compile(generate.decode_step, fullgraph=True)
+        _, (code,) = run_and_get_code(step, model, cache.step_buffers.token[:1], cache)
     assert tuple(cache.keys.shape) == (3, 3, 2, 96, 8)
     assert "empty_strided_cpu(" in code and "empty_strided_cpu((3, 3, 2, 96, 8)" not in code
 
@@ -779,21 +774,21 @@ def test_a_captured_step_serves_every_later_token_of_its_block(monkeypatch):
 
     def reserve(self, *args, plain=KVCache.reserve):
         plain(self, *args)
-        self.pool = "what a CPU has none of"
+        self.step_buffers.pool = "what a CPU has none of"
     replays, model = [], tiny()
     ids, pixels, mask = batch_of([[False, True, False], [False] * 7, [True, False], [False]])
     free = stream(model, ids, pixels, mask, max_new_tokens=30)
     ends = free[4][:3]                             # three of the four rows will end early
     ended = stream(model, ids, pixels, mask, max_new_tokens=30, eos_token_id=ends)
-    monkeypatch.setattr(KVCache, "BLOCKS", {"cpu": 8})
+    monkeypatch.setattr(KVCache, "BLOCK_SIZES", {"cpu": 8})
     monkeypatch.setattr(KVCache, "reserve", reserve)
-    monkeypatch.setattr(mono_internvl, "capture", capture)
+    monkeypatch.setattr(generate, "capture", capture)
     cache = KVCache(model.config)
     for _ in range(2):
         assert stream(model, ids, pixels, mask, max_new_tokens=30, kv_cache=cache) == free
         assert stream(model, ids, pixels, mask, max_new_tokens=30, kv_cache=cache, eos_token_id=ends) == ended
     assert {4, 1} <= set(replays) <= {4, 2, 1}     # each size takes a capture: rows leave by halves
-    assert len(cache.graphs) < len(replays) / 5
+    assert len(cache.step_buffers.graphs) < len(replays) / 5
 
 
 def test_a_thousand_decoded_tokens_take_no_memory():
@@ -822,15 +817,15 @@ def test_the_image_token_is_never_generated():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_graphs_give_the_same_tokens_and_a_step_never_waits_for_the_host(device, compile_decode, dtype,
                                                                           monkeypatch):
-    monkeypatch.setattr(KVCache, "BLOCKS", {"cuda": 16})      # several graphs
+    monkeypatch.setattr(KVCache, "BLOCK_SIZES", {"cuda": 16})      # several graphs
     model = tiny(hidden_size=64, max_position_embeddings=256).to(device, dtype)
     ids, pixels, mask = (t.to(device) for t in batch_of([[False, True, False], [False] * 7, [True, False]]))
     model.cuda_graphs = False
     plain = stream(model, ids, pixels, mask, max_new_tokens=60)
     model.cuda_graphs, model.compile_decode, cache = True, compile_decode, KVCache(model.config)
     captured = stream(model, ids, pixels, mask, max_new_tokens=60, kv_cache=cache)
-    assert len(cache.graphs) >= 4
-    decode = model.decode
+    assert len(cache.step_buffers.graphs) >= 4
+    decode = generate.decode
 
     def watched(*args):
         torch.cuda.set_sync_debug_mode("error")
@@ -838,7 +833,7 @@ def test_graphs_give_the_same_tokens_and_a_step_never_waits_for_the_host(device,
             return decode(*args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    monkeypatch.setattr(MonoInternVL, "decode", lambda self, *args: watched(*args))
+    monkeypatch.setattr(generate, "decode", watched)
     replayed = stream(model, ids, pixels, mask, max_new_tokens=60, kv_cache=cache)
     assert captured == replayed
     if dtype == torch.float32 or not compile_decode:           # fused, 16-bit roundings may differ
@@ -870,8 +865,8 @@ def test_16_bits_stay_near_float32_whichever_attention_kernel_serves(device, dty
             for chunk in (64, 192):
                 cache = KVCache(exact.config)
                 cache.reserve(rows, 200, dtype, device)
-                near(rounded.prefill(*moved(*prompt), cache, chunk), expected[:, -2])
-                near(rounded.decode(new[:, 0].to(device), cache), expected[:, -1])
+                near(generate.prefill(rounded, *moved(*prompt), cache, chunk), expected[:, -2])
+                near(generate.decode(rounded, new[:, 0].to(device), cache), expected[:, -1])
     packed = (ids[:1], pixels[:180], None, ids[:1], (torch.arange(192) // 70 + 1)[None])
     got, expected = (gradients(model, model(*inputs)[1]) for model, inputs in (
         (rounded, moved(*packed)), (exact, packed)))
@@ -1096,7 +1091,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint_as_it_was(tmp_path, mon
         calls.append(path)
         if len(calls) == 2:
             raise OSError("no space left on device")
-    monkeypatch.setattr("mono_internvl.save_file", disk_full)
+    monkeypatch.setattr("checkpoint.save_file", disk_full)
     with pytest.raises(OSError, match="no space"):
         tiny(seed=1).save_pretrained(tmp_path, max_shard_bytes=20_000)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -1235,7 +1230,7 @@ def test_a_config_that_is_no_model_description_gets_one_line_naming_it(tmp_path,
 def test_a_config_field_that_does_not_fit_is_named(tmp_path, field, value):
     config = tiny().config
     official = json.loads(config.to_json())
-    path = config._PATHS.get(field, ("llm_config", field) if field in official["llm_config"] else (field,))
+    path = checkpoint.CONFIG_PATHS.get(field, ("llm_config", field) if field in official["llm_config"] else (field,))
     (official if len(path) == 1 else official[path[0]])[path[-1]] = value
     (tmp_path / "config.json").write_text(json.dumps(official))
     named = {"num_attention_heads": "hidden_size", "patch_size": "image_size"}.get(field, field)
@@ -2087,7 +2082,7 @@ def test_packing_loses_nothing_and_fills_rows_of_mixed_lengths_above_90_percent(
 # ---------------------------------------------------------------- sample.py
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> str:
+def saved_model(tmp_path_factory) -> str:
     """A checkpoint folder with random weights and the official tokenizer's files."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
@@ -2120,13 +2115,13 @@ def type_in(monkeypatch, *lines: str):
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_the_answer_is_what_the_model_generates(checkpoint, images, capsys):
-    argv = ["--model", checkpoint, "--prompt", "What?", "--max_new_tokens", "12"]
+def test_the_answer_is_what_the_model_generates(saved_model, images, capsys):
+    argv = ["--model", saved_model, "--prompt", "What?", "--max_new_tokens", "12"]
     assert sample.main(argv + (["--image"] + [PICTURE] * images if images else [])) == 0
     marks = ["", "<image>\n", "Image-1: <image>\nImage-2: <image>\n"][images]
     ids, _ = encode_conversation(TOK, ask(marks + "What?"), [3] * images, SMALL.tokens_per_tile)
     pixels = torch.cat([load_image(PICTURE, 6, 56)] * images) if images else None
-    model, end = MonoInternVL.from_pretrained(checkpoint), TOK.token_id("<|im_end|>")
+    model, end = MonoInternVL.from_pretrained(saved_model), TOK.token_id("<|im_end|>")
     tokens = model.generate(torch.tensor([ids]), pixels, max_new_tokens=12, eos_token_id=end)
     ids = [token.item() for token in tokens]
     ids = ids[:-1] if ids[-1] == end else ids
@@ -2136,34 +2131,34 @@ def test_the_answer_is_what_the_model_generates(checkpoint, images, capsys):
 @pytest.mark.parametrize("prompt, images, expected", [
     ("What?", 0, "What?"), ("What?", 1, "<image>\nWhat?"), ("<image> or <image>?", 2, "<image> or <image>?"),
     ("What?", 2, "Image-1: <image>\nImage-2: <image>\nWhat?")])
-def test_images_without_marks_come_before_the_question(checkpoint, monkeypatch, prompt, images, expected):
+def test_images_without_marks_come_before_the_question(saved_model, monkeypatch, prompt, images, expected):
     prompts = script(monkeypatch, "ok")
-    argv = ["--model", checkpoint, "--prompt", prompt]
+    argv = ["--model", saved_model, "--prompt", prompt]
     sample.main(argv + (["--image"] + [PICTURE] * images if images else []))
     ids, _ = encode_conversation(TOK, ask(expected), [3] * images, SMALL.tokens_per_tile)
     assert prompts == [(ids, 3 * images)]
 
 
-def test_sampling_follows_the_seed(checkpoint, capsys):
-    answers, argv = [], f"--model {checkpoint} --prompt hi --temperature 2 --max_new_tokens 30 --seed".split()
+def test_sampling_follows_the_seed(saved_model, capsys):
+    answers, argv = [], f"--model {saved_model} --prompt hi --temperature 2 --max_new_tokens 30 --seed".split()
     for seed in "112":
         sample.main([*argv, seed])
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_an_answer_stops_at_the_end_of_its_turn_or_of_the_text(checkpoint, monkeypatch, capsys):
+def test_an_answer_stops_at_the_end_of_its_turn_or_of_the_text(saved_model, monkeypatch, capsys):
     script(monkeypatch, "ü<|im_end|>x", "ü</s>x", TOK.encode("ü", bos=False)[:1])
     for answer in ("ü", "ü", "\ufffd"):    # the last was cut inside a character
-        assert sample.main(["--model", checkpoint, "--prompt", "hi"]) == 0
+        assert sample.main(["--model", saved_model, "--prompt", "hi"]) == 0
         assert capsys.readouterr().out == answer + "\n"
 
 
-def test_images_join_any_turn_of_a_chat_and_clear_starts_over(checkpoint, monkeypatch, capsys):
+def test_images_join_any_turn_of_a_chat_and_clear_starts_over(saved_model, monkeypatch, capsys):
     type_in(monkeypatch, "hi", f'/image "{PICTURE}" {PICTURE}', "and?", "", "more", f"/image {PICTURE}",
             "/clear", "new", "/exit", "unread")
     prompts = script(monkeypatch, "ho", "two", "three", "four")
-    assert sample.main(["--model", checkpoint, "--max_tiles", "1"]) == 0
+    assert sample.main(["--model", saved_model, "--max_tiles", "1"]) == 0
     turns = ["hi", "ho", "Image-1: <image>\nImage-2: <image>\nand?", "two", "more"]
     expected = [(turns[:1], []), (turns[:3], [1, 1]), (turns, [1, 1]), (["new"], [])]
     assert prompts == [(encode_conversation(TOK, ask(*turns), tiles, SMALL.tokens_per_tile)[0], sum(tiles))
@@ -2171,16 +2166,16 @@ def test_images_join_any_turn_of_a_chat_and_clear_starts_over(checkpoint, monkey
     assert capsys.readouterr().out == "ho\ntwo\nthree\nfour\n"
 
 
-def test_a_mistake_in_a_chat_costs_one_message_only(checkpoint, monkeypatch, capsys):
+def test_a_mistake_in_a_chat_costs_one_message_only(saved_model, monkeypatch, capsys):
     type_in(monkeypatch, "/image none.png", '/image "a', "<image> too many", "x " * 600, "hi")
     prompts = script(monkeypatch, [InputError("the prompt fills the context")], "ho")
-    assert sample.main(["--model", checkpoint]) == 0
+    assert sample.main(["--model", saved_model]) == 0
     out, err = capsys.readouterr()
     assert out == "ho\n" and len(prompts) == 2 and prompts[1] == (encode_conversation(TOK, ask("hi"))[0], 0)
     assert re.findall("error: (.{10})", err) == ["the image ", "No closing", "the conver", "the prompt"]
 
 
-def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_chat(checkpoint, monkeypatch, capsys):
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_chat(saved_model, monkeypatch, capsys):
     class Keyboard(io.StringIO):
         def readline(self, *args):
             line = super().readline(*args)
@@ -2189,7 +2184,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_chat(checkpoint, monk
             return line
     monkeypatch.setattr(sys, "stdin", Keyboard("hi\ngo on\n"))
     prompts = script(monkeypatch, [*TOK.encode("half", bos=False), KeyboardInterrupt()], "ho")
-    assert sample.main(["--model", checkpoint]) == 0
+    assert sample.main(["--model", saved_model]) == 0
     assert capsys.readouterr().out == "half\nho\n"
     assert prompts[1] == (encode_conversation(TOK, ask("hi", "half", "go on"))[0], 0)
 
@@ -2207,44 +2202,44 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends_the_chat(checkpoint, monk
     ("--temperature -1", "temperature is -1.0"), ("--temperature nan", "temperature is nan"),
     ("--top_p 0", "top_p is 0.0"), ("--top_k 0", "top_k is 0"),
     ("--image ok.png --max_tiles 0", "max_tiles is 0")])
-def test_bad_input_is_one_line_on_stderr_and_exit_1(checkpoint, tmp_path, monkeypatch, capsys, argv, message):
+def test_bad_input_is_one_line_on_stderr_and_exit_1(saved_model, tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     write_bad_images(tmp_path)
     shutil.copy(PICTURE, "ok.png")
     for name in ("bare", "cut"):
-        shutil.copytree(checkpoint, name)
+        shutil.copytree(saved_model, name)
     os.remove("bare/tokenizer.model")
     Path("cut/model.safetensors").write_bytes(Path("cut/model.safetensors").read_bytes()[:5000])
     if "small" in argv:
         MonoInternVL(replace(SMALL, vocab_size=488)).save_pretrained("small")
         shutil.copytree(OFFICIAL_DATA, "small", dirs_exist_ok=True)
     words = ["x " * 600 if word == "long" else word for word in argv.split()]
-    assert sample.main(["--model", checkpoint, "--prompt", "hi", *words]) == 1
+    assert sample.main(["--model", saved_model, "--prompt", "hi", *words]) == 1
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(f"error: .*{re.escape(message)}.*\n", err)
 
 
-def test_without_a_model_the_newest_checkpoint_is_taken_and_named(checkpoint, tmp_path, monkeypatch, capsys):
+def test_without_a_model_the_newest_checkpoint_is_taken_and_named(saved_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert sample.main(["--prompt", "hi"]) == 1
     assert "run `python train_evip.py` first" in capsys.readouterr().err
     for age, name in enumerate(("b/S1", "a/S2", "c/S0")):
-        shutil.copytree(checkpoint, f"out/{name}")
+        shutil.copytree(saved_model, f"out/{name}")
         os.utime(f"out/{name}/config.json", (1e9 - age, 1e9 - age))
     os.utime("out/a/S2/config.json", (2e9, 2e9))
     assert sample.main(["--prompt", "hi", "--max_new_tokens", "1"]) == 0
     assert capsys.readouterr().err == "model: out/a/S2, the newest below out/\n"
 
 
-def test_the_answer_may_go_to_a_reader_that_leaves(checkpoint, monkeypatch):
+def test_the_answer_may_go_to_a_reader_that_leaves(saved_model, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
-        assert sample.main(["--model", checkpoint, "--prompt", "hi"]) == 1
+        assert sample.main(["--model", saved_model, "--prompt", "hi"]) == 1
 
 
-def test_flags_reach_the_model(checkpoint, monkeypatch):
+def test_flags_reach_the_model(saved_model, monkeypatch):
     used, kwargs = [], {}
 
     def generate(self, input_ids, pixel_values, **kwargs_):
@@ -2252,7 +2247,7 @@ def test_flags_reach_the_model(checkpoint, monkeypatch):
         kwargs.update(kwargs_)
         return iter(())
     monkeypatch.setattr(MonoInternVL, "generate", generate)
-    argv = ["--model", checkpoint, "--prompt", "hi"]
+    argv = ["--model", saved_model, "--prompt", "hi"]
     sample.main([*argv, "--moe", "dense", "--device", "cpu", "--dtype", "bfloat16"])
     sample.main([*argv, "--device", "cpu"])
     sample.main([*argv, "--moe", "cuda", "--device", "cpu"])
@@ -2265,14 +2260,14 @@ def test_flags_reach_the_model(checkpoint, monkeypatch):
     assert kwargs == {**flags, "eos_token_id": (TOK.token_id("<|im_end|>"), TOK.eos_id)}
 
 
-def test_the_marks_of_a_grounded_answer_are_part_of_it(checkpoint, monkeypatch, capsys):
+def test_the_marks_of_a_grounded_answer_are_part_of_it(saved_model, monkeypatch, capsys):
     answer = "<ref>cat</ref><box>[[1, 2, 30, 40]]</box>"
     script(monkeypatch, answer + "<|im_end|>")
-    assert sample.main(["--model", checkpoint, "--prompt", "Where is the cat?"]) == 0
+    assert sample.main(["--model", saved_model, "--prompt", "Where is the cat?"]) == 0
     assert capsys.readouterr().out == answer + "\n"
 
 
-def test_a_chat_reads_each_turn_once_and_answers_as_if_it_read_all(checkpoint, monkeypatch, capsys):
+def test_a_chat_reads_each_turn_once_and_answers_as_if_it_read_all(saved_model, monkeypatch, capsys):
     type_in(monkeypatch, "hi", f"/image {PICTURE}", "and?", "more", "/clear", "hi")
     asked, plain = [], MonoInternVL.generate
 
@@ -2285,7 +2280,7 @@ def test_a_chat_reads_each_turn_once_and_answers_as_if_it_read_all(checkpoint, m
             answer.append(token.tolist())
             yield token
     monkeypatch.setattr(MonoInternVL, "generate", generate)
-    assert sample.main(["--model", checkpoint, "--max_new_tokens", "9", "--stats"]) == 0
+    assert sample.main(["--model", saved_model, "--max_new_tokens", "9", "--stats"]) == 0
     stats = re.findall(r"time to first token [0-9.]+ s, then [0-9.]+ tokens/s; (\d+) tokens; prompt: "
                        r"(\d+) visual, (\d+) text tokens, (\d+) of them read before; peak memory \d+ MB",
                        capsys.readouterr().err)
@@ -2323,9 +2318,9 @@ def write_questions(folder: Path) -> Path:
     return folder / "questions.jsonl"
 
 
-def ask_file(checkpoint, questions: Path, output: str, *argv: str) -> tuple[int, list[dict]]:
+def ask_file(saved_model, questions: Path, output: str, *argv: str) -> tuple[int, list[dict]]:
     output, records = questions.with_name(output), []
-    code = sample.main(["--model", checkpoint, "--input", str(questions), "--output", str(output),
+    code = sample.main(["--model", saved_model, "--input", str(questions), "--output", str(output),
                         "--max_new_tokens", "6", "--batch_size", "3", *argv])
     if output.exists():
         records = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
@@ -2334,9 +2329,9 @@ def ask_file(checkpoint, questions: Path, output: str, *argv: str) -> tuple[int,
 
 @pytest.mark.parametrize("sampling", [[], ["--temperature", "1.5", "--seed", "4"]])
 def test_a_file_of_questions_is_answered_in_order_as_one_by_one_and_bad_lines_are_named(
-        checkpoint, tmp_path, monkeypatch, capsys, sampling):
+        saved_model, tmp_path, monkeypatch, capsys, sampling):
     questions = write_questions(tmp_path)
-    code, records = ask_file(checkpoint, questions, "answers.jsonl", *sampling)
+    code, records = ask_file(saved_model, questions, "answers.jsonl", *sampling)
     err = capsys.readouterr().err
     assert code == 0 and "9 of 14 questions answered, 5 left out" in err
     assert sorted(map(int, re.findall(r"left out: .*questions.jsonl:(\d+): ", err))) == [2, 6, 10, 14, 18]
@@ -2346,7 +2341,7 @@ def test_a_file_of_questions_is_answered_in_order_as_one_by_one_and_bad_lines_ar
         assert (record["line"], record["id"]) == (number, asked.get("id", f"{questions}:{number}"))
         if record["id"] == "x":                    # two turns: its last answer is not shown
             ids, _ = encode_conversation(TOK, asked["conversations"][:-1], [1], SMALL.tokens_per_tile)
-            tokens = stream(MonoInternVL.from_pretrained(checkpoint), torch.tensor([ids]),
+            tokens = stream(MonoInternVL.from_pretrained(saved_model), torch.tensor([ids]),
                             load_image(tmp_path / "b.png", 6, 56), max_new_tokens=6, seed=4,
                             temperature=1.5 if sampling else 0, eos_token_id=TOK.token_id("<|im_end|>"))
             alone = TOK.decode([t for t, in tokens], skip_special_tokens=False).removesuffix("<|im_end|>")
@@ -2356,16 +2351,16 @@ def test_a_file_of_questions_is_answered_in_order_as_one_by_one_and_bad_lines_ar
             images = ["--image", *images] if images else []
             with monkeypatch.context() as patch:
                 patch.chdir(tmp_path)
-                sample.main(["--model", checkpoint, "--max_new_tokens", "6", *sampling, *images,
+                sample.main(["--model", saved_model, "--max_new_tokens", "6", *sampling, *images,
                              "--prompt", asked.get("question", "So?")])
             alone = capsys.readouterr().out.removesuffix("\n")
         assert record["answer"] == alone
 
 
-def test_an_interrupted_file_of_questions_goes_on_and_ends_like_an_uninterrupted_one(checkpoint, tmp_path,
+def test_an_interrupted_file_of_questions_goes_on_and_ends_like_an_uninterrupted_one(saved_model, tmp_path,
                                                                                       monkeypatch, capsys):
     questions, sampling = write_questions(tmp_path), ["--temperature", "1.5", "--seed", "4"]
-    _, whole = ask_file(checkpoint, questions, "whole.jsonl", *sampling)
+    _, whole = ask_file(saved_model, questions, "whole.jsonl", *sampling)
     plain, asked = MonoInternVL.generate, []
 
     def generate(self, input_ids, *args, **kwargs):
@@ -2374,13 +2369,13 @@ def test_an_interrupted_file_of_questions_goes_on_and_ends_like_an_uninterrupted
             raise KeyboardInterrupt
         return plain(self, input_ids, *args, **kwargs)
     monkeypatch.setattr(MonoInternVL, "generate", generate)
-    code, part = ask_file(checkpoint, questions, "parts.jsonl", *sampling)
+    code, part = ask_file(saved_model, questions, "parts.jsonl", *sampling)
     assert code == 130 and part == [record for record in whole if record in part] and len(part) == 6
     assert "6 of 14 questions answered" in capsys.readouterr().err
     output = tmp_path / "parts.jsonl"              # a run that was killed leaves them as they came
     output.write_text("".join(json.dumps(record) + "\n" for record in part[::-1]) + '{"line": 4, "ans')
     for _ in range(2):                             # the second time, nothing is left to do
-        code, parts = ask_file(checkpoint, questions, "parts.jsonl", *sampling)
+        code, parts = ask_file(saved_model, questions, "parts.jsonl", *sampling)
         assert code == 0 and parts == whole and sum(asked[3:]) == 3
 
 
@@ -2391,27 +2386,27 @@ def test_an_interrupted_file_of_questions_goes_on_and_ends_like_an_uninterrupted
     ("--image_root none", "the image folder none"), ("--image_root /", "answers another question"),
     ("--output .", " is not readable: Is a directory"), ("--max_tiles 0", "--max_tiles is 0"),
     ("--output {questions}", "answers another question")])
-def test_a_file_of_questions_that_cannot_be_answered_is_one_line(checkpoint, tmp_path, capsys, argv, message):
+def test_a_file_of_questions_that_cannot_be_answered_is_one_line(saved_model, tmp_path, capsys, argv, message):
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "hi"}\n')
-    assert ask_file(checkpoint, questions, "a.jsonl")[0] == 0
+    assert ask_file(saved_model, questions, "a.jsonl")[0] == 0
     capsys.readouterr()
     before = questions.read_bytes(), (tmp_path / "a.jsonl").read_bytes()
-    assert ask_file(checkpoint, questions, "a.jsonl", *argv.format(questions=questions).split())[0] == 1
+    assert ask_file(saved_model, questions, "a.jsonl", *argv.format(questions=questions).split())[0] == 1
     assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
     assert (questions.read_bytes(), (tmp_path / "a.jsonl").read_bytes()) == before
 
 
-def test_a_file_that_holds_no_answers_is_never_overwritten(checkpoint, tmp_path, capsys):
+def test_a_file_that_holds_no_answers_is_never_overwritten(saved_model, tmp_path, capsys):
     questions = tmp_path / "questions.jsonl"       # one line without an end looked like half an answer
     questions.write_text('{"question": "hi"}')
-    assert ask_file(checkpoint, questions, "questions.jsonl")[0] == 1
+    assert ask_file(saved_model, questions, "questions.jsonl")[0] == 1
     assert "holds something else than answers" in capsys.readouterr().err
     assert questions.read_text() == '{"question": "hi"}'
 
 
-def test_answers_of_a_checkpoint_that_was_written_anew_are_not_its_own(checkpoint, tmp_path, capsys):
-    folder, questions = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "questions.jsonl"
+def test_answers_of_a_checkpoint_that_was_written_anew_are_not_its_own(saved_model, tmp_path, capsys):
+    folder, questions = shutil.copytree(saved_model, tmp_path / "model"), tmp_path / "questions.jsonl"
     questions.write_text('{"question": "hi"}\n')
     for code in (0, 0, 1):
         if code:
@@ -2420,8 +2415,8 @@ def test_answers_of_a_checkpoint_that_was_written_anew_are_not_its_own(checkpoin
     assert "answers another question" in capsys.readouterr().err
 
 
-def test_a_long_neighbour_does_not_cut_an_answer(checkpoint, tmp_path, monkeypatch):
-    folder, questions = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "questions.jsonl"
+def test_a_long_neighbour_does_not_cut_an_answer(saved_model, tmp_path, monkeypatch):
+    folder, questions = shutil.copytree(saved_model, tmp_path / "model"), tmp_path / "questions.jsonl"
     config = json.loads((folder / "config.json").read_text())
     config["llm_config"] |= {"max_position_embeddings": 420, "rope_scaling": None}
     (folder / "config.json").write_text(json.dumps(config))
@@ -2437,8 +2432,8 @@ def test_a_long_neighbour_does_not_cut_an_answer(checkpoint, tmp_path, monkeypat
     assert 420 - 60 < asked[1][1] < 420
 
 
-def test_too_little_memory_is_one_line_that_says_what_to_lower(checkpoint, tmp_path, monkeypatch, capsys):
-    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+def test_too_little_memory_is_one_line_that_says_what_to_lower(saved_model, tmp_path, monkeypatch, capsys):
+    shutil.copytree(saved_model, tmp_path, dirs_exist_ok=True)
     MonoInternVL(replace(SMALL, max_position_embeddings=10 ** 17)).save_pretrained(tmp_path)
     argv = ["--model", str(tmp_path), "--max_new_tokens", str(10 ** 16)]       # more than can be addressed
     assert sample.main([*argv, "--prompt", "hi"]) == 1
@@ -2456,16 +2451,16 @@ def run_sample(*argv: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, timeout=120, **kwargs)
 
 
-def test_a_chat_works_through_pipes_in_any_locale(checkpoint):
+def test_a_chat_works_through_pipes_in_any_locale(saved_model):
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    chat = run_sample("--model", checkpoint, *"--temperature 3 --seed 0 --max_new_tokens 40".split(), env=env,
+    chat = run_sample("--model", saved_model, *"--temperature 3 --seed 0 --max_new_tokens 40".split(), env=env,
                       input="你好\n".encode() + b"\xff\n/exit\n")
     assert chat.returncode == 0 and not chat.stdout.decode("utf-8").isascii()
     assert sample.GREETING in chat.stderr.decode()
 
 
-def test_the_script_ends_without_a_traceback_on_bad_input(checkpoint):
-    bad = run_sample("--model", checkpoint, "--image", "none.png", "--prompt", "hi", text=True)
+def test_the_script_ends_without_a_traceback_on_bad_input(saved_model):
+    bad = run_sample("--model", saved_model, "--image", "none.png", "--prompt", "hi", text=True)
     assert (bad.returncode, bad.stdout, bad.stderr) == (1, "", "error: the image none.png does not exist\n")
 
 
@@ -2522,11 +2517,11 @@ def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypat
 # ---------------------------------------------------------------- the kernel: references and the checks
 
 TEXT, VISUAL, PAD = 0, 1, 2
-TILES = {"auto": 0, "small": 1, "medium": 2, "large": 3, "naive": 4}       # `enum Choice` in moe_kernel.cu
+TILES = {"auto": 0, "small": 1, "medium": 2, "large": 3, "naive": 4}   # `enum TileConfig` in moe_kernel.cu
 
 labels_of_a_batch = st.lists(st.sampled_from([TEXT, VISUAL, PAD]), max_size=130)
 multiples_of_8 = st.integers(1, 34).map(lambda i: 8 * i)
-dtypes = st.sampled_from(list(KERNEL_DTYPES))
+dtypes = st.sampled_from(list(moe_kernel.DTYPES))
 
 
 def random_tensors(*shapes, dtype=torch.float32, device="cpu", seed=0):
@@ -2562,7 +2557,7 @@ def launch_into_poison(function, n, m, dtype, device, before, after):
     """Call a launcher with an output full of NaN between two guard rows; return it, the guards untouched."""
     y = torch.full((n + 2, m), float("nan"), dtype=dtype, device=device)
     y[[0, -1]] = 7
-    launch_kernel(function, y.device, *before, y[1:-1], *after)
+    moe_kernel.launch(function, y.device, *before, y[1:-1], *after)
     assert (y[[0, -1]] == 7).all(), "the kernel wrote outside its output"
     return y[1:-1]
 
@@ -2571,23 +2566,23 @@ def check_kernels(labels, k, m, dtype, tile="auto", seed=0, device="cpu"):
     """Route, linear and SwiGLU of one case against float64, every element of the poisoned outputs written."""
     labels, n = torch.tensor(labels, dtype=torch.uint8, device=device), len(labels)
     rows, counts = (torch.full((size,), -1, device=device) for size in (n, 2))
-    launch_kernel("mmoe_route", rows.device, labels, rows, counts, n)
+    moe_kernel.launch("moe_route", rows.device, labels, rows, counts, n)
     assert torch.equal(rows, labels.clamp(max=PAD).argsort(stable=True))
     assert counts.tolist() == [(labels == TEXT).sum(), (labels == VISUAL).sum()]
     x, residual, *w = random_tensors((n, k), (n, m), *[(m, k)] * 4, dtype=dtype, device=device, seed=seed)
     x64, residual64, *w64 = in_float64(x, residual, *w)
     codes, order = labels.cpu(), rows.cpu()
     gather, scatter, add = seed % 2 == 0, seed // 2 % 2 == 0, seed // 4 % 2 == 0
-    y = launch_into_poison("mmoe_linear", n, m, dtype, device,
+    y = launch_into_poison("moe_linear", n, m, dtype, device,
                            (x if gather else x[rows], w[0], w[1], residual if add else None),
                            (rows if gather else None, rows if scatter else None, counts, n, k, m,
-                            KERNEL_DTYPES[dtype], TILES[tile]))
+                            moe_kernel.DTYPES[dtype], TILES[tile]))
     expected = linear_reference(x64, w64[0], w64[1], codes)
     expected = expected if scatter else expected[order]
     assert_rounded(y, expected + residual64 if add else expected)
     if tile != "naive":
-        h = launch_into_poison("mmoe_swiglu", n, m, dtype, device, (x, *w),
-                               (rows, counts, n, k, m, KERNEL_DTYPES[dtype], TILES[tile]))
+        h = launch_into_poison("moe_swiglu", n, m, dtype, device, (x, *w),
+                               (rows, counts, n, k, m, moe_kernel.DTYPES[dtype], TILES[tile]))
         assert_rounded(h, swiglu_reference(x64, *w64, codes)[order])
 
 
@@ -2595,8 +2590,8 @@ def check_build(path):
     """What a sanitized or sabotaged build of moe_kernel.cu is put to: both experts with boundary tiles and
     tails, more steps along k than pipeline stages, and all-pad tiles, in every dtype and tile shape."""
     library = ctypes.CDLL(str(path))
-    library.mmoe_error.restype = ctypes.c_char_p
-    mono_internvl.kernel_library = lambda device: library
+    library.moe_error_string.restype = ctypes.c_char_p
+    moe_kernel.library = lambda device: library
     batches = [[], [PAD] * 3, ([TEXT, VISUAL, VISUAL] * 23 + [PAD] * 80)[:140]]
     shapes = [(torch.float32, "auto"), (torch.bfloat16, "medium"), (torch.float16, "large"),
               (torch.bfloat16, "naive")]
@@ -2624,7 +2619,7 @@ def compile_with_gcc(source, output, *flags):
 @given(labels=st.lists(st.integers(0, 3), max_size=700))
 def test_moe_route_is_a_stable_partition(device, labels):
     labels = torch.tensor(labels, dtype=torch.uint8)
-    rows, counts = kernel_route(labels.to(device))
+    rows, counts = moe_kernel._route(labels.to(device))
     parts = [TEXT], [VISUAL], [PAD, 3]
     by_hand = [i for part in parts for i, label in enumerate(labels.tolist()) if label in part]
     assert rows.tolist() == by_hand
@@ -2652,11 +2647,11 @@ def test_routed_kernels_equal_a_float64_reference_and_write_every_element(device
 def test_nan_in_one_kind_of_token_and_its_expert_never_reaches_another(device, labels, dtype, bad, kind):
     labels = torch.tensor(labels, dtype=torch.uint8, device=device)
     x, *w = random_tensors((len(labels), 40), *[(48, 40)] * 4, (40, 48), (40, 48), dtype=dtype, device=device)
-    rows, counts = kernel_route(labels)
+    rows, counts = moe_kernel._route(labels)
 
     def both(x, w):
-        return (cuda_mmoe_linear(x, w[0], w[2], rows, counts),
-                cuda_mmoe_swiglu(x, (w[0], w[1], w[4]), (w[2], w[3], w[5]), rows, counts))
+        return (moe_kernel.linear(x, w[0], w[2], rows, counts),
+                moe_kernel.swiglu(x, (w[0], w[1], w[4]), (w[2], w[3], w[5]), rows, counts))
     mine = {TEXT: (0, 1, 4), VISUAL: (2, 3, 5), PAD: ()}[kind]
     clean, spoilt = both(x, w), both(x.masked_fill(labels[:, None] == kind, bad),
                                      [t.clone().fill_(bad) if i in mine else t for i, t in enumerate(w)])
@@ -2674,10 +2669,10 @@ def test_the_order_of_threads_does_not_change_a_bit(labels, dtype, tile):
     with pytest.MonkeyPatch.context() as patch:
         for reverse in "01":
             patch.setenv("CUDA_ON_CPU_REVERSE", reverse)
-            rows, counts = kernel_route(labels)
-            linear = kernel_linear(x, w[0], w[1], rows, counts, None, True, True, TILES[tile])
+            rows, counts = moe_kernel._route(labels)
+            linear = moe_kernel._linear(x, w[0], w[1], rows, counts, None, True, True, TILES[tile])
             results.append((rows, counts, linear,
-                            kernel_swiglu(x, *w, rows, counts, TILES[tile])))
+                            moe_kernel._swiglu(x, *w, rows, counts, TILES[tile])))
     for forward, backward in zip(*results, strict=True):
         assert torch.equal(forward, backward)
 
@@ -2686,14 +2681,14 @@ def test_the_order_of_threads_does_not_change_a_bit(labels, dtype, tile):
 def test_strided_and_misaligned_inputs_give_what_their_copies_give(device):
     labels = torch.tensor([TEXT, VISUAL, PAD] * 7, dtype=torch.uint8, device=device)
     x, w_text, w_visual = random_tensors((21, 48), (24, 24), (24, 48), dtype=torch.bfloat16, device=device)
-    rows, counts = kernel_route(labels)
+    rows, counts = moe_kernel._route(labels)
     strided = x[:, ::2]                                                      # (21, 24), strides (48, 2)
     shifted = F.pad(x[:, :24].flatten(), (1, 0))[1:].view(21, 24)            # contiguous, 2 bytes off
     assert not strided.is_contiguous() and shifted.data_ptr() % 16 == 2
     for awkward in (strided, shifted):
         inputs = awkward, w_text.T, w_visual[:, ::2]
         copies = (t.clone(memory_format=torch.contiguous_format) for t in inputs)
-        assert torch.equal(cuda_mmoe_linear(*inputs, rows, counts), cuda_mmoe_linear(*copies, rows, counts))
+        assert torch.equal(moe_kernel.linear(*inputs, rows, counts), moe_kernel.linear(*copies, rows, counts))
 
 
 @on_every_device
@@ -2701,7 +2696,7 @@ def test_a_routed_layer_equals_two_ordinary_ones(device):
     """The whole FFN, as the model calls it."""
     labels = torch.tensor([TEXT, VISUAL, VISUAL, PAD] * 20, dtype=torch.uint8, device=device)
     x, *w = random_tensors((80, 64), *[(96, 64)] * 4, (64, 96), (64, 96), device=device)
-    y = cuda_mmoe_swiglu(x, (w[0], w[1], w[4]), (w[2], w[3], w[5]), *kernel_route(labels))
+    y = moe_kernel.swiglu(x, (w[0], w[1], w[4]), (w[2], w[3], w[5]), *moe_kernel._route(labels))
     x, *w = in_float64(x, *w)
     text, visual = ((F.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
                     for w1, w3, w2 in ((w[0], w[1], w[4]), (w[2], w[3], w[5])))
@@ -2714,9 +2709,9 @@ def test_a_routed_layer_equals_two_ordinary_ones(device):
 def test_a_full_size_layer_is_right_on_a_gpu(device, tokens, tile):
     labels = torch.arange(tokens, device=device).remainder(11).clamp(max=2).to(torch.uint8)
     x, *w = random_tensors((tokens, 2048), *[(8192, 2048)] * 4, dtype=torch.bfloat16, device=device)
-    rows, counts = kernel_route(labels)
-    h = kernel_swiglu(x, *w, rows, counts, TILES[tile])
-    y = kernel_linear(x, w[0], w[1], rows, counts, None, True, True, TILES[tile])
+    rows, counts = moe_kernel._route(labels)
+    h = moe_kernel._swiglu(x, *w, rows, counts, TILES[tile])
+    y = moe_kernel._linear(x, w[0], w[1], rows, counts, None, True, True, TILES[tile])
     x, *w = (t.double() for t in (x, *w))
     assert_close(y.double(), linear_reference(x, w[0], w[1], labels), rtol=2 ** -7, atol=1e-4)
     assert_close(h.double(), swiglu_reference(x, *w, labels)[rows], rtol=2 ** -7, atol=1e-4)
@@ -2729,8 +2724,8 @@ def test_a_cuda_graph_captured_with_one_mask_serves_every_other(device):
     labels = torch.zeros(130, dtype=torch.uint8, device=device)
 
     def layer():
-        rows, counts = kernel_route(labels)
-        return kernel_swiglu(x, *w, rows, counts, 0), cuda_mmoe_linear(x, w[0], w[1], rows, counts)
+        rows, counts = moe_kernel._route(labels)
+        return moe_kernel._swiglu(x, *w, rows, counts, 0), moe_kernel.linear(x, w[0], w[1], rows, counts)
     layer()                                                                # builds and loads
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -2750,7 +2745,7 @@ def test_a_cuda_graph_captured_with_one_mask_serves_every_other(device):
        wanted=st.lists(st.booleans(), min_size=6, max_size=6).filter(any))
 def test_gradients_equal_those_of_the_float64_reference(device, labels, gather, scatter, add, wanted):
     labels = torch.tensor(labels, dtype=torch.uint8, device=device)
-    rows, counts = kernel_route(labels)
+    rows, counts = moe_kernel._route(labels)
     n, codes, order = len(labels), labels.cpu(), rows.cpu()
     inputs = random_tensors((n, 24), *[(40, 24)] * 4, (n, 40), device=device)
     reference = in_float64(*inputs)
@@ -2758,10 +2753,10 @@ def test_gradients_equal_those_of_the_float64_reference(device, labels, gather, 
         t.requires_grad_(want), r.requires_grad_(want)
     (x, a, b, c, d, residual), (x64, a64, b64, c64, d64, residual64) = inputs, reference
     residual, residual64 = (residual, residual64) if add else (None, torch.zeros(()))
-    y = kernel_linear(x if gather else x[rows], a, b, rows, counts, residual, gather, scatter, 0)
+    y = moe_kernel._linear(x if gather else x[rows], a, b, rows, counts, residual, gather, scatter, 0)
     y64 = linear_reference(x64, a64, b64, codes)
     y64 = (y64 if scatter else y64[order]) + residual64
-    h = kernel_swiglu(x, a, b, c, d, rows, counts, 0)
+    h = moe_kernel._swiglu(x, a, b, c, d, rows, counts, 0)
     h64 = swiglu_reference(x64, a64, b64, c64, d64, codes)[order]
     direction, = random_tensors((n, 40), device=device, seed=1)
     ((y + h) * direction).sum().backward() if (y + h).requires_grad else None
@@ -2779,9 +2774,9 @@ def test_16_bit_gradients_are_as_close_as_their_roundings_allow(device, dtype):
     inputs = random_tensors((130, 64), *[(72, 64)] * 4, dtype=dtype, device=device)
     inputs = [t.requires_grad_() for t in inputs]
     reference = [t.requires_grad_() for t in in_float64(*inputs)]
-    rows, counts = kernel_route(labels)
+    rows, counts = moe_kernel._route(labels)
     direction, = random_tensors((130, 72), dtype=dtype, device=device, seed=1)
-    kernel_swiglu(*inputs, rows, counts, 0).backward(direction)
+    moe_kernel._swiglu(*inputs, rows, counts, 0).backward(direction)
     swiglu_reference(*reference, labels.cpu())[rows.cpu()].backward(direction.cpu().double())
     for t, r in zip(inputs, reference, strict=True):      # five roundings on the way to each
         assert (t.grad.cpu().double() - r.grad).norm() / r.grad.norm() < 2 * torch.finfo(dtype).eps
@@ -2798,40 +2793,40 @@ def test_the_reference_itself_passes_gradcheck():
 @pytest.mark.parametrize("n", [0, 37])
 def test_operators_pass_opcheck(device, n):
     labels = torch.arange(n, device=device).remainder(3).to(torch.uint8)
-    rows, counts = kernel_route(labels)
+    rows, counts = moe_kernel._route(labels)
     tensors = random_tensors((n, 24), (n, 40), *[(40, 24)] * 4, device=device)
     x, residual, *w = (t.requires_grad_() for t in tensors)
-    torch.library.opcheck(kernel_route, (labels,))
-    torch.library.opcheck(kernel_linear, (x, w[0], w[1], rows, counts, residual, True, True, 0))
-    torch.library.opcheck(kernel_linear, (x, w[0].detach(), w[1], rows, counts, None, False, True, 0))
-    torch.library.opcheck(kernel_swiglu, (x, *w, rows, counts, 0))
+    torch.library.opcheck(moe_kernel._route, (labels,))
+    torch.library.opcheck(moe_kernel._linear, (x, w[0], w[1], rows, counts, residual, True, True, 0))
+    torch.library.opcheck(moe_kernel._linear, (x, w[0].detach(), w[1], rows, counts, None, False, True, 0))
+    torch.library.opcheck(moe_kernel._swiglu, (x, *w, rows, counts, 0))
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(x=torch.zeros(3, 12), w=torch.zeros(8, 12)), "multiples of 8"),
-    (dict(w=torch.zeros(8, 24)), r"x \(N, K\)"),
-    (dict(x=torch.zeros(2, 3, 16)), r"x \(N, K\)"),
+    (dict(w=torch.zeros(8, 24)), r"x \(\.\.\., K\)"),
+    (dict(x=torch.zeros(2, 3, 16)), r"permutation \(N,\)"),
     (dict(x=torch.zeros(3, 16).double(), w=torch.zeros(8, 16).double()), "float64"),
     (dict(w=torch.zeros(8, 16).bfloat16()), "bfloat16"),
     (dict(x=torch.zeros(3, 16, device="meta"), w=torch.zeros(8, 16, device="meta")), "meta"),
     (dict(w=torch.zeros(8, 16, device="meta")), "meta"),
-    (dict(rows=torch.arange(3).int()), "int64"),
-    (dict(rows=torch.arange(4)), r"rows \(N,\)"),
+    (dict(permutation=torch.arange(3).int()), "int64"),
+    (dict(permutation=torch.arange(4)), r"permutation \(N,\)"),
 ])
 def test_what_the_kernel_cannot_do_is_a_clear_error(change, message):
-    given = {"x": torch.zeros(3, 16), "w": torch.zeros(8, 16), "rows": torch.arange(3),
+    given = {"x": torch.zeros(3, 16), "w": torch.zeros(8, 16), "permutation": torch.arange(3),
              "counts": torch.tensor([3, 0]), **change}
-    x, w, rows, counts = given.values()
+    x, w, permutation, counts = given.values()
     with pytest.raises(InputError, match=message):
-        cuda_mmoe_linear(x, w, w, rows, counts)
+        moe_kernel.linear(x, w, w, permutation, counts)
     with pytest.raises(InputError, match=message):
-        cuda_mmoe_swiglu(x, (w, w, w.T), (w, w, w.T), rows, counts)
+        moe_kernel.swiglu(x, (w, w, w.T), (w, w, w.T), permutation, counts)
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(4, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.uint8)])
 def test_labels_of_a_wrong_type_or_shape_are_refused(labels):
     with pytest.raises(InputError, match="uint8"):
-        kernel_route(labels)
+        moe_kernel._route(labels)
 
 
 # ---------------------------------------------------------------- the kernel: the whole model
@@ -2880,9 +2875,9 @@ def test_autocast_reaches_the_kernel_and_rounds_no_more_than_it_does_elsewhere(d
     x, w, rows, counts = (t.to(device) for t in (torch.randn(6, 32), torch.randn(8, 32), torch.arange(6),
                                                  torch.tensor([3, 3])))
     with torch.autocast(device, torch.bfloat16):
-        assert cuda_mmoe_linear(x, w, w, rows, counts).dtype == F.linear(x, w).dtype == torch.bfloat16
-        assert cuda_mmoe_swiglu(x, (w, w, w.T), (w, w, w.T), rows, counts).dtype == torch.bfloat16
-    assert cuda_mmoe_linear(x, w, w, rows, counts).dtype == torch.float32
+        assert moe_kernel.linear(x, w, w, rows, counts).dtype == F.linear(x, w).dtype == torch.bfloat16
+        assert moe_kernel.swiglu(x, (w, w, w.T), (w, w, w.T), rows, counts).dtype == torch.bfloat16
+    assert moe_kernel.linear(x, w, w, rows, counts).dtype == torch.float32
     model, results = tiny().to(device), {}
     ids, pixels, mask = (t.to(device) for t in batch_of([[False, True, True, False], [True, False]]))
     for name in ("exact", "torch", "cuda"):
@@ -2915,9 +2910,9 @@ def test_widths_that_the_kernel_cannot_take_are_one_error_that_names_another_bac
 
 @pytest.fixture
 def no_library_yet(monkeypatch):
-    """kernel_library as in a fresh process; the one that other tests share comes back afterwards."""
-    fresh = functools.cache(inspect.unwrap(kernel_library))
-    monkeypatch.setattr(mono_internvl, "kernel_library", fresh)
+    """moe_kernel.library as in a fresh process; the one that other tests share comes back afterwards."""
+    fresh = functools.cache(inspect.unwrap(moe_kernel.library))
+    monkeypatch.setattr(moe_kernel, "library", fresh)
 
 
 def test_on_a_cpu_the_cuda_back_end_says_once_what_it_is(no_library_yet):
@@ -2936,19 +2931,19 @@ def test_a_kernel_that_cannot_be_built_says_why_once_and_models_fall_back_to_tor
             assert Routing(torch.tensor([[True, False]]), backend="cuda").backend == "torch"
     assert len(warned) == 1
     with pytest.raises(RuntimeError, match="choose the torch back end"):
-        kernel_route(torch.zeros(4, dtype=torch.uint8))
+        moe_kernel._route(torch.zeros(4, dtype=torch.uint8))
 
 
 def test_two_processes_build_once_and_a_killed_build_stops_nobody(tmp_path):
     source = tmp_path / "tiny.cu"
     source.write_text('extern "C" int seven() { return 7; }\n')
     (tmp_path / "cuda_on_cpu.h").touch()
-    build = ("import mono_internvl, ctypes, pathlib, sys, torch\n"
-             "path = mono_internvl.build_kernel(torch.device('cpu'), pathlib.Path(sys.argv[1]))\n"
+    build = ("import moe_kernel, ctypes, pathlib, sys, torch\n"
+             "path = moe_kernel.build(torch.device('cpu'), pathlib.Path(sys.argv[1]))\n"
              "assert ctypes.CDLL(path).seven() == 7\nprint(path)")
     os.environ["TORCH_EXTENSIONS_DIR"], old = str(tmp_path / "built"), os.environ.get("TORCH_EXTENSIONS_DIR")
     try:
-        folder = Path(build_kernel(torch.device("cpu"), source)).parent
+        folder = Path(moe_kernel.build(torch.device("cpu"), source)).parent
     finally:
         os.environ.pop("TORCH_EXTENSIONS_DIR") if old is None else os.environ.update(TORCH_EXTENSIONS_DIR=old)
     for file in folder.glob("*.so"):
@@ -3039,14 +3034,17 @@ def test_sanitizers_find_nothing(tmp_path):
 
 PLANTED_BUGS = {                                # name: what stands in moe_kernel.cu, what is put there
     "nothing planted": ("", ""),
-    "a missing barrier": ("        __syncthreads();              // everybody's", "        // everybody's"),
-    "a missing barrier in the scan": ("        __syncthreads();  // all have read before any writes\n", ""),
+    "a missing barrier": ("        __syncthreads();              // now those of", "        // now those of"),
+    "a missing barrier in the scan": ("__syncthreads();  // all threads have read before any writes", ""),
     "a wait one group too short": ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    "rows off by one": ("rows.begin + load_row + i * PASS", "rows.begin + load_row + i * PASS + 1"),
-    "the wrong expert at the boundary tile": ("if (tile < text_tiles)", "if (tile <= text_tiles)"),
-    "a column past the tail": ("if (column >= p.m) return;", "if (column > p.m) return;"),
-    "numbers past the tail of k": ("const bool exists = row != nullptr && k < p.k;",
-                                   "const bool exists = row != nullptr;"),
+    "rows off by one": ("tokens.begin + load_row + i * ROWS_PER_PASS",
+                        "tokens.begin + load_row + i * ROWS_PER_PASS + 1"),
+    "the wrong expert at the boundary tile": ("if (token_tile < num_text_tiles)",
+                                              "if (token_tile <= num_text_tiles)"),
+    "a column past the tail": ("if (column >= p.out_features) return;",
+                               "if (column > p.out_features) return;"),
+    "numbers past the tail of k": ("const bool exists = source != nullptr && k < p.in_features;",
+                                   "const bool exists = source != nullptr;"),
 }
 
 
@@ -3082,32 +3080,32 @@ def test_every_planted_bug_is_found(tmp_path):
 
 @pytest.fixture(scope="module")
 def world_tok(tmp_path_factory):
-    return data.make_world_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return world.make_world_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 10 ** 9), st.sampled_from(list(data.KINDS)))
+@given(st.integers(0, 10 ** 9), st.sampled_from(list(world.KINDS)))
 def test_training_and_held_out_pictures_share_no_combination_and_no_scan(seed, kind):
-    train, test = (data.make_picture(random.Random(seed), kind, split) for split in ("train", "test"))
+    train, test = (world.make_picture(random.Random(seed), kind, split) for split in ("train", "test"))
     in_test = [zlib.crc32(picture.key.encode()) % 5 == 0 for picture in (train, test)]
     assert in_test == [False, True]
-    redrawn = data.make_picture(random.Random(seed), kind, "test")
+    redrawn = world.make_picture(random.Random(seed), kind, "test")
     assert redrawn.key == test.key and redrawn.image.tobytes() == test.image.tobytes()
 
 
-@pytest.mark.parametrize("task", data.TASKS)
+@pytest.mark.parametrize("task", world.TASKS)
 def test_every_question_has_one_right_answer_which_scores_and_others_do_not(task):
-    asked = data.held_out_questions(task, 12)
-    assert all(data.is_correct(task, truth, truth) for _, _, truth in asked)
+    asked = world.held_out_questions(task, 12)
+    assert all(world.is_correct(task, truth, truth) for _, _, truth in asked)
     truths = {truth.split()[-1] if task == "relation" else truth for _, _, truth in asked}
     assert len(truths) > 1                         # a constant answer cannot be right everywhere
-    assert not all(data.is_correct(task, asked[0][2], truth) for _, _, truth in asked)
+    assert not all(world.is_correct(task, asked[0][2], truth) for _, _, truth in asked)
     for picture, question, truth in asked:         # a question about a picture is never ambiguous
         assert {answer for _, q, answer in picture.questions if q == question} == {truth}
 
 
 def test_another_seed_asks_other_held_out_questions():
-    first, again, other = ([(p.key, q) for p, q, _ in data.held_out_questions("position", 20, seed)]
+    first, again, other = ([(p.key, q) for p, q, _ in world.held_out_questions("position", 20, seed)]
                            for seed in (0, 0, 1))
     assert first == again and first != other
 
@@ -3116,7 +3114,7 @@ def test_a_box_is_right_from_half_overlap_on():
     truth = "<ref>red shape</ref><box>[[0, 0, 100, 100]]</box>"
     for box, right in (("0, 0, 100, 100", True), ("0, 0, 100, 51", True), ("0, 0, 100, 49", False),
                        ("200, 200, 300, 300", False), ("0, 0, 100", False), ("100, 100, 0, 0", False)):
-        assert data.is_correct("box", f"<box>[[{box}]]</box>", truth) is right
+        assert world.is_correct("box", f"<box>[[{box}]]</box>", truth) is right
 
 
 @pytest.mark.parametrize("stage", ["S0", "S1.1", "S1.2", "S1.3", "S2"])
@@ -3140,10 +3138,10 @@ def test_a_third_of_the_alt_texts_is_noise(world_tok):
     rng, wrong = random.Random(0), 0
     for _ in range(600):
         state = rng.getstate()
-        conversation, image = data.world_conversation("S1.1", rng)
+        conversation, image = world.world_conversation("S1.1", rng)
         replay = random.Random()
         replay.setstate(state)
-        picture = data.make_picture(replay, replay.choices(list(data.KINDS), (10, 1, 1.5, 1, 1))[0])
+        picture = world.make_picture(replay, replay.choices(list(world.KINDS), (10, 1, 1.5, 1, 1))[0])
         assert image.tobytes() == picture.image.tobytes()
         wrong += conversation[1]["value"] != picture.alt
     assert 0.25 < wrong / 600 < 0.36               # some wrong alt texts happen to fit ("a sign")
@@ -3285,7 +3283,7 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
         if "infer" in words or "train" in words:
             monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
         if "--ablation" in words:
-            monkeypatch.setattr(train_evip, "VARIANTS", dict(list(train_evip.VARIANTS.items())[:1]))
+            monkeypatch.setattr(bench, "VARIANTS", dict(list(bench.VARIANTS.items())[:1]))
         monkeypatch.setattr(sys, "argv", [*words[1:], *options])
         assert not module.main(), capfd.readouterr().err
 
@@ -3340,7 +3338,7 @@ def test_tables_of_the_readme_are_the_committed_measurements():
     ratios = [f"{seconds[tiles, 'dense'] / seconds[tiles, 'torch']:.2f}" for tiles in (2, 7)]
     assert f"the ratios are {ratios[0]} and {ratios[1]}." in README
     ablation = json.loads((HERE / "assets/ablation.json").read_text())
-    assert train_evip.ablation_table(ablation) in README
+    assert bench.ablation_table(ablation) in README
     assert len({row["seed"] for row in ablation["rows"]}) >= 3
     for stage in train_evip.RECIPES["evip++"]:
         v1 = next(s for s in train_evip.RECIPES["evip"] if s.name == stage.name)
@@ -3394,7 +3392,7 @@ def test_the_recipes_for_a_dataset_and_a_stage_train_on_it(newcomer, monkeypatch
     for kind, name in (("digit", "daisy"), ("scene", "rose")):
         (newcomer / "flowers" / name).mkdir(parents=True)
         for i in range(2):
-            data.make_picture(random.Random(i), kind).image.save(newcomer / "flowers" / name / f"{i}.jpg")
+            world.make_picture(random.Random(i), kind).image.save(newcomer / "flowers" / name / f"{i}.jpg")
     exec(code_below("**A dataset.**"), {})
     tok = Tokenizer(newcomer / "out/evip++/S2")
     config = MonoInternVLConfig.from_json(newcomer / "out/evip++/S2/config.json")
@@ -3426,8 +3424,8 @@ def stage_of(name: str, recipe="evip++", **changes) -> train_evip.Stage:
 def test_learning_to_see_leaves_text_weights_and_logits_bitwise_as_they_were(recipe, world_tok, tmp_path):
     torch.manual_seed(0)
     model = MonoInternVL(train_evip.tiny_config(recipe, world_tok)).copy_text_experts()
-    log = train_evip.Log(tmp_path / "log.jsonl")
-    logits, _ = train_evip.text_probe(model, world_tok)
+    log = train_evip.Progress(tmp_path / "log.jsonl")
+    logits, _ = evaluate.text_probe(model, world_tok)
     for name in ("S1.1", "S1.2"):
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         train_evip.train_stage(model, World(name, world_tok, model.config), stage_of(name, recipe, steps=4),
@@ -3437,7 +3435,7 @@ def test_learning_to_see_leaves_text_weights_and_logits_bitwise_as_they_were(rec
         moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
         assert moved == visual
         assert {n for n, p in model.named_parameters() if p.grad is not None} <= visual
-        assert torch.equal(train_evip.text_probe(model, world_tok)[0], logits)
+        assert torch.equal(evaluate.text_probe(model, world_tok)[0], logits)
 
 
 def test_each_stage_trains_what_the_recipe_says(world_tok):
@@ -3462,7 +3460,7 @@ def test_accumulated_gradients_equal_one_large_batch_whatever_the_share_of_super
             seen.append([p.grad.clone() for p in trained]), torch.tensor(0.0))[1])
         train_evip.train_stage(model, World("S2", world_tok, model.config), stage_of("S2", steps=1),
                                tiny_flags(batch_size=size, grad_accum=8 // size, pool=1),
-                               train_evip.Log(tmp_path / f"{size}.jsonl"), world_tok)
+                               train_evip.Progress(tmp_path / f"{size}.jsonl"), world_tok)
         results.append((json.loads((tmp_path / f"{size}.jsonl").read_text()), gradients[0]))
     (large, expected), (small, accumulated) = results
     assert large["loss"] == pytest.approx(small["loss"], rel=1e-6)
@@ -3476,7 +3474,7 @@ def test_a_model_can_learn_a_handful_of_pictures_by_heart(world_tok, tmp_path):
     model = MonoInternVL(train_evip.tiny_config("evip++", world_tok))
     samples = [World("S1.2", world_tok, model.config)[i] for i in range(8)]
     train_evip.train_stage(model, samples, stage_of("S2", steps=120, lr=2e-3),
-                           tiny_flags(batch_size=8, pool=1), train_evip.Log(tmp_path / "log"), world_tok)
+                           tiny_flags(batch_size=8, pool=1), train_evip.Progress(tmp_path / "log"), world_tok)
     batch = collate(samples)
     assert model(**batch)[1].item() < 0.05
     # it is the picture that it knows: with the pixels of another, the loss is high
@@ -3515,7 +3513,7 @@ def test_one_command_goes_through_every_stage_and_reports_what_it_did(short_run)
     for stage in ("S1.1", "S1.2"):
         assert results[stage]["weights bitwise equal"] and results[stage]["logits bitwise equal"]
         assert results[stage]["text loss before"] == results[stage]["text loss after"]
-    assert set(results["tasks"]) == {*data.TASKS, "mean"}
+    assert set(results["tasks"]) == {*world.TASKS, "mean"}
     for name in ("loss.png", "predictions.png"):
         assert min(Image.open(short_run / name).size) > 300
     for stage in ("S0", "S1.1", "S1.2", "S1.3", "S2"):
@@ -3525,7 +3523,7 @@ def test_one_command_goes_through_every_stage_and_reports_what_it_did(short_run)
 
 def test_sample_takes_the_newest_stage_and_says_so(short_run, monkeypatch, capsys):
     monkeypatch.chdir(short_run.parent.parent)
-    data.make_picture(random.Random(0), "digit").image.resize((200, 200)).save("mine.png")
+    world.make_picture(random.Random(0), "digit").image.resize((200, 200)).save("mine.png")
     assert sample.main(["--image", "mine.png", "--prompt", "Which digit?", "--max_new_tokens", "4"]) == 0
     assert str(Path("out/run/S2")) in capsys.readouterr().err
 
@@ -3541,7 +3539,7 @@ def test_stages_one_by_one_equal_all_in_one_run(short_run, tmp_path):
 
 def write_conversations(folder: Path, bad: int, good: int) -> Path:
     """meta.json with `good` readable samples and `bad` ones whose image is damaged."""
-    data.make_picture(random.Random(0), "scene").image.save(folder / "good.png")
+    world.make_picture(random.Random(0), "scene").image.save(folder / "good.png")
     (folder / "bad.png").write_bytes(b"no picture")
     lines = [{"id": i, "image": "bad.png" if i < bad else "good.png",
               "conversations": data.turns("<image>\nWhat is it?", "a scene.")} for i in range(bad + good)]
@@ -3565,22 +3563,21 @@ def test_own_data_trains_and_a_bad_sample_is_left_out_and_named(short_run, tmp_p
 
 
 def test_the_ablation_compares_four_ways_from_one_language_model(tmp_path, monkeypatch, capsys):
-    results = train_evip.ablation(tiny_flags(out=str(tmp_path), steps=2, eval_questions=1, batch_size=2), 2)
+    results = bench.ablation(tiny_flags(out=str(tmp_path), steps=2, eval_questions=1, batch_size=2), 2)
     assert results == json.loads((tmp_path / "results.json").read_text())
-    rows, table = results["rows"], capsys.readouterr().out
+    rows = results["rows"]
     assert [(row["seed"], row["variant"]) for row in rows] == \
-        [(seed, variant) for seed in range(2) for variant in train_evip.VARIANTS]
+        [(seed, variant) for seed in range(2) for variant in bench.VARIANTS]
     for i, row in enumerate(rows):
         delta = "delta" in row["variant"]
         assert row["text bitwise equal"] == delta == (row["text before"] == row["text after"])
         assert row["text before"] == rows[i // 4 * 4]["text before"]       # one S0 a seed
         assert len(row["caption loss"]) == 2 and 0 <= row["blank"] <= 1
     assert len({row["caption loss"][0] for row in rows}) == 8              # but eight trainings
-    assert train_evip.ablation_table(results) in table and table.count(" ± ") == 20
-    assert train_evip.main(["--ablation", "--data=meta.json"]) == 1
+    assert bench.ablation_table(results).count(" ± ") == 20
     monkeypatch.setattr(train_evip, "train_stage", lambda *arguments: False)             # as after Ctrl-C
-    assert train_evip.main(["--ablation", "--out", str(tmp_path)]) == 1
-    assert "the ablation was stopped" in capsys.readouterr().err
+    with pytest.raises(InputError, match="the ablation was stopped"):
+        bench.ablation(tiny_flags(out=str(tmp_path), steps=2), 1)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -3608,7 +3605,7 @@ def test_a_loss_that_is_no_number_stops_the_training(world_tok, tmp_path):
     model.mlp1[1].weight.data.fill_(float("nan"))
     with pytest.raises(InputError, match="loss of S1.2 is nan at step 0.*samples: S1.2/"):
         train_evip.train_stage(model, World("S1.2", world_tok, model.config), stage_of("S1.2"), tiny_flags(),
-                               train_evip.Log(tmp_path / "log.jsonl"), world_tok)
+                               train_evip.Progress(tmp_path / "log.jsonl"), world_tok)
 
 
 # ---------------------------------------------------------------- training: distribution and resume
@@ -3659,7 +3656,7 @@ def lessons(tmp_path_factory, world_tok):
     config = replace(train_evip.tiny_config("evip++", world_tok), hidden_size=32, intermediate_size=32,
                      num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vision_hidden_size=8)
     train_evip.save(MonoInternVL(config), world_tok, folder / "model")
-    data.make_picture(rng, "scene").image.save(folder / "scene.png")
+    world.make_picture(rng, "scene").image.save(folder / "scene.png")
     lines = []
     for i in range(24):
         words = "a small red ring. " * rng.randint(1, 8)
@@ -3762,10 +3759,10 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batch(lessons, tmp_p
         held = {"weights": model.parameters(),
                 "optimizer": (state[moment] for state in states for moment in ("exp_avg", "exp_avg_sq"))}
         with torch.device("meta"):
-            plan = train_evip.memory_plan(MonoInternVL(model.config), *rest[1:3])
+            plan = train_evip.memory_plan(MonoInternVL(model.config), *rest[1:3], common.world_size())
         for part, tensors in held.items():
             own = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
-            everyones = train_evip.add_up(own)[0] / train_evip.world()
+            everyones = common.sum_over_processes(own)[0] / common.world_size()
             assert everyones == plan[part], (part, everyones, plan)
         return finished
 
@@ -3846,7 +3843,7 @@ def test_an_interrupted_run_goes_on_only_with_its_own_flags_and_a_finished_one_s
     assert train(tmp_path / "out", *flags, hook=signal_at(0)) == [0]
     assert train(tmp_path / "out", *flags, "--resume=never") == [0]
     assert contents(tmp_path / "out" / "S2") == once
-    assert said.read_text().count("it goes on") == 1
+    assert said.read_text().count("which continues") == 1
 
 
 @pytest.mark.parametrize("stage, dtype", [("S1.2", "float32"), ("S1.2", "bfloat16"), ("S2", "float32")])
@@ -3856,7 +3853,8 @@ def test_the_predicted_activations_are_what_the_layers_keep(stage, dtype):
                            image_size=64, img_context_token_id=499, attn_experts="qkvo")
     model, stage = MonoInternVL(c), stage_of(stage, max_tiles=3)
     flags = tiny_flags(batch_size=2, max_tokens=192, dtype=dtype)
-    plan = train_evip.memory_plan(model, stage, flags)
+    plan = train_evip.memory_plan(model, stage, flags, 1)
+    train_evip.select_trainable(model, stage)
     train_evip.distribute(model, flags)
     ids = torch.randint(0, 499, (2, 192))
     ids[:, 3:3 + 4 * 16] = 499                     # 3 tiles and the thumbnail
@@ -3924,7 +3922,7 @@ def language_model(folder: Path, world_tok, kind: str) -> Path:
 def test_training_starts_from_a_language_model_whose_tokenizer_gets_image_tokens(world_tok, tmp_path, capsys,
                                                                                  kind, recipe):
     llm = language_model(tmp_path / "llm", world_tok, kind)
-    data.make_picture(random.Random(0), "scene").image.save(tmp_path / "scene.png")
+    world.make_picture(random.Random(0), "scene").image.save(tmp_path / "scene.png")
     line = {"id": 0, "image": "scene.png", "conversations": data.turns("<image>", "a ring.")}
     (tmp_path / "lines.jsonl").write_text(json.dumps(line))
     (tmp_path / "meta.json").write_text(json.dumps({"mine": {"root": ".", "annotation": "lines.jsonl"}}))

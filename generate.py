@@ -1,0 +1,361 @@
+"""Generation: a cache of keys and values, and the loop that reads a prompt once and then writes token by
+token.
+
+In this order: KVCache; sampling; reading the prompt (prefill); one decoding step, which a GPU replays as a
+CUDA graph; `generate`, which is also MonoInternVL.generate. What all of it computes is what
+MonoInternVL.generate_naively computes without a cache.
+
+Shapes: B rows, T tokens, KV key/value heads, hd head size, V vocabulary. A *slot* of the cache holds the key
+and the value of one token in every layer and row. `model` is a MonoInternVL.
+"""
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import InputError
+
+# ---------------------------------------------------------------- the cache
+
+def write_slots(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """Writes k, v (B, KV, T, hd) into keys, values (B, KV, slots, hd) at slots (T,)."""
+    keys.index_copy_(2, slots, k)
+    values.index_copy_(2, slots, v)
+
+
+# torch.compile turns an in-place write into a copy of the whole cache. An opaque custom op avoids that: 1
+# instead of 247 ms a step, measured on a CPU with 8 small layers and a cache of 8 rows of 4,096 slots.
+write_slots_compiled = torch.library.custom_op("mono_internvl::write_slots", write_slots,
+                                               mutates_args=("keys", "values"))
+
+
+class KVCache:
+    """Keys and values of the tokens read so far. It grows on demand and may serve many calls of `generate` of
+    one model with unchanged weights: what a prompt has in common with the cached one is not read again.
+
+    keys, values  (layers, rows, KV, slots, hd)
+    real          (rows, slots) bool: False at pads and at slots beyond `length`
+    length        filled slots, the same number in all rows
+    A layer writes its new keys and values at `new_slots` (T,) and attends to the first `visible` slots.
+    """
+    # Decoding attends to whole blocks of slots, so few shapes occur and few CUDA graphs are captured.
+    BLOCK_SIZES = {"cpu": 32, "cuda": 512}
+
+    def __init__(self, config):
+        """config: a MonoInternVLConfig"""
+        self.config = config
+        self.keys = self.values = self.real = None
+        self.length = self.visible = 0
+        self.new_slots = None
+        self.padded = False                        # does any row hold a pad?
+        self.input_ids, self.tiles = [], None      # the tokens and tiles in the slots, if there is one row
+        self.reused = 0                            # tokens of the last prompt that were in the cache already
+        self.step_buffers = None                   # what a decoding step reads on the device
+
+    @property
+    def block_size(self) -> int:
+        return self.BLOCK_SIZES.get(self.keys.device.type, 32)
+
+    def reserve(self, rows: int, slots: int, dtype: torch.dtype, device) -> None:
+        """Makes room for so many rows and slots. Keeps what is cached, unless dtype or device change."""
+        c, device = self.config, torch.device(device)
+        if self.keys is None or (self.keys.dtype, self.keys.device) != (dtype, device):
+            empty = (c.num_hidden_layers, 0, c.num_key_value_heads, 0, c.head_dim)
+            self.keys = self.values = torch.empty(empty, dtype=dtype, device=device)
+            self.real, self.length = torch.empty(0, 0, dtype=torch.bool, device=device), 0
+        old_rows, old_slots = self.real.shape
+        if rows <= old_rows and slots <= old_slots:
+            return
+        if old_slots and slots > old_slots:        # double it: the next turn of a chat needs even more
+            slots = max(slots, min(2 * old_slots, c.context_length))
+        rows, slots = max(rows, old_rows), -(-max(slots, old_slots) // self.block_size) * self.block_size
+        # Zeros, not garbage: a masked position still contributes 0 · value, and 0 · NaN = NaN.
+        more = (0, 0, 0, slots - old_slots, 0, 0, 0, rows - old_rows)
+        self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+        self.real = F.pad(self.real, (0, slots - old_slots, 0, rows - old_rows))
+        self.step_buffers = StepBuffers(rows, device)
+
+    def truncate(self, length: int) -> None:
+        """Forgets all slots from `length` on, also those that an interrupted step wrote."""
+        for t in (self.keys, self.values):
+            t[:, :, :, length:self.visible] = 0
+        self.real[:, length:] = False
+        self.input_ids, self.length, self.visible = self.input_ids[:length], length, length
+        self.padded = self.padded and length > 0
+
+    def extend(self, rows: int, T: int, attention_mask: Tensor | None) -> Tensor | None:
+        """Prepares the next T slots of the first rows. Returns real (rows, length + T), or None if there is
+        no pad. attention_mask (rows, T)."""
+        self.visible = self.length + T
+        self.new_slots = torch.arange(self.length, self.visible, device=self.keys.device)
+        self.real[:rows, self.length:self.visible] = True if attention_mask is None else attention_mask.bool()
+        self.padded |= attention_mask is not None
+        return self.real[:rows, :self.visible] if self.padded else None
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, KV, T, hd) and returns the visible ones, (B, KV, visible, hd) each. `length`
+        changes only after all layers have stored theirs."""
+        rows = len(k)
+        keys, values = self.keys[layer, :rows], self.values[layer, :rows]
+        write = write_slots_compiled if torch.compiler.is_compiling() else write_slots
+        write(keys, values, self.new_slots, k.to(keys.dtype), v.to(keys.dtype))
+        return keys[:, :, :self.visible], values[:, :, :self.visible]
+
+    def keep_rows(self, rows: list[int]) -> list[int]:
+        """Drops finished rows: moves the survivors to the front, copying as few as possible. Returns the new
+        order: which old row each of the first rows is now."""
+        order = list(range(len(rows)))
+        free = sorted(set(order) - set(rows))
+        for target, row in zip(free, (r for r in rows if r >= len(rows)), strict=True):
+            order[target] = row
+            for t in (self.keys, self.values):
+                t[:, target] = t[:, row]
+            self.real[target] = self.real[row]
+        return order
+
+    def common_prefix(self, input_ids: Tensor, pixel_values: Tensor | None,
+                      attention_mask: Tensor | None) -> tuple[int, int]:
+        """Length of the longest cached prefix of this prompt, as (tokens, tiles)."""
+        c, (B, T), same, tiles = self.config, input_ids.shape, 0, 0
+        # Dynamic RoPE changes its base past the trained length. Keys with another base cannot be reused.
+        dynamic = (c.rope_scaling or {}).get("type") == "dynamic"
+        base_changes = dynamic and max(T, self.length) > c.max_position_embeddings
+        if B > 1 or base_changes or self.padded or attention_mask is not None:
+            return 0, 0
+        # The last token is always read, because its hidden state predicts the next one.
+        for cached, new in zip(self.input_ids[:min(self.length, T - 1)], input_ids[0].tolist(), strict=False):
+            if cached != new:
+                break
+            same += 1
+        visual = [i for i in range(same) if self.input_ids[i] == c.img_context_token_id]
+        if visual and self.tiles.shape[1:] == pixel_values.shape[1:]:
+            per_tile = math.prod(s // (c.patch_size * c.shuffle) for s in pixel_values.shape[2:])
+            for cached, new in zip(self.tiles[:len(visual) // per_tile], pixel_values, strict=False):
+                if not cached.equal(new):
+                    break
+                tiles += 1
+            visual = visual[tiles * per_tile:]     # these placeholders stand for another picture now
+        return visual[0] if visual else same, tiles
+
+
+# ---------------------------------------------------------------- sampling
+
+def sample_token(logits: Tensor, generated: Tensor, temperature: float, top_k: int | None, top_p: float |
+None,
+                 repetition_penalty: float, generators: list) -> Tensor:
+    """Next tokens (B,) from logits (B, V): penalty, temperature, top-k, top-p, in Hugging Face's order.
+    generated (B, V) bool: the tokens of the answer so far. generators: one for each row, None is the global
+    one.
+    """
+    if repetition_penalty != 1.0:
+        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(generated, penalised, logits)
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None and top_p < 1:            # the smallest set that reaches probability top_p
+        p, order = logits.softmax(-1).sort(descending=True)
+        beyond = p.cumsum(-1) - p >= top_p
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+    # Exponential race: with t_i ~ Exp(p_i), argmin t is i with probability p_i. Unlike torch.multinomial, it
+    # needs no GPU sync.
+    noise = torch.stack([torch.empty_like(row).exponential_(generator=g)
+                         for row, g in zip(logits, generators, strict=True)])
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+# ---------------------------------------------------------------- reading the prompt
+
+@torch.inference_mode()
+def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Tensor | None,
+            kv_cache: KVCache, chunk: int) -> Tensor:
+    """Reads the prompt into the cache, `chunk` tokens at a time, except for the prefix that is cached
+    already. Returns the logits (B, V) of the next token: the head runs on the last position only."""
+    T, image_token = input_ids.shape[1], model.config.img_context_token_id
+    past, tiles = kv_cache.common_prefix(input_ids, pixel_values, attention_mask)
+    kv_cache.truncate(past)
+    kv_cache.reused = past
+    x = model.embed(input_ids[:, past:], None if pixel_values is None else pixel_values[tiles:])
+    lengths = T if attention_mask is None else attention_mask.sum(1)
+    for start in range(past, T, chunk):
+        ids = input_ids[:, start:start + chunk]
+        mask = None if attention_mask is None else attention_mask[:, start:start + chunk]
+        has_images = pixel_values is not None and bool((ids == image_token).any())
+        hidden = model.language_model(x[:, start - past:start - past + chunk],
+                                      model.route(ids, mask, has_images), mask, kv_cache, lengths)
+    if len(input_ids) == 1:
+        kv_cache.input_ids = input_ids[0].tolist()
+        # A copy, because the caller may fill the same tensor with the next picture.
+        kv_cache.tiles = None if pixel_values is None else pixel_values.clone()
+    return model.language_model.output(hidden[:, -1]).float()
+
+
+# ---------------------------------------------------------------- one decoding step
+
+class StepBuffers:
+    """What a decoding step reads on the device. A CUDA graph reads the same addresses at every replay."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)       # where its key and value go
+        self.graphs = {}                           # (function, rows, visible) -> (CUDA graph, its logits)
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None   # the graphs' memory
+
+
+def decode_step(model, token: Tensor, kv_cache: KVCache) -> Tensor:
+    """token (B, 1) -> logits (B, V) of the next. A generated token is text, so there is no routing. Slot and
+    position are read on the device, and all shapes depend on `visible` alone: a CUDA graph can replay it."""
+    language_model = model.language_model
+    kv_cache.real[:len(token)].index_fill_(1, kv_cache.step_buffers.slot, True)
+    real = kv_cache.real[:len(token), :kv_cache.visible]                   # (B, visible)
+    lengths, x = real.sum(1), language_model.model.tok_embeddings(token)
+    mask = real.to(x.dtype).log()[:, None, None]                           # 0 or -inf, once for all layers
+    x = language_model.run_layers(x, lengths[:, None] - 1, lengths, mask, None, kv_cache)
+    return language_model.output(x[:, -1]).float()
+
+
+@functools.cache
+def compiled(function):
+    # One row, one block or another dtype each compile a variant of their own. torch allows 8 by default.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, fullgraph=True)
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures, because libraries keep a workspace for every stream that they meet."""
+    return torch.cuda.Stream(device)
+
+
+def capture(function, inputs: tuple, pool) -> tuple:
+    """Captures function(*inputs) as a CUDA graph. Returns the graph and its result, a tensor that every
+    replay overwrites. Graphs that never run at the same time may share a memory pool."""
+    with torch.cuda.device(inputs[1].device):
+        side = capture_stream(inputs[1].device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function(*inputs)                      # libraries choose their kernels before the capture
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side):
+            result = function(*inputs)
+    return graph, result
+
+
+@torch.inference_mode()
+def decode(model, token: Tensor, kv_cache: KVCache) -> Tensor:
+    """token (B,) on the device -> logits (B, V) of the next, without a device→host sync. On a GPU the step is
+    a CUDA graph: one launch in place of hundreds. The next call may overwrite these logits."""
+    B, buffers = len(token), kv_cache.step_buffers
+    buffers.token[:B, 0] = token
+    buffers.slot.fill_(kv_cache.length)
+    kv_cache.new_slots = buffers.slot
+    kv_cache.visible = (kv_cache.length // kv_cache.block_size + 1) * kv_cache.block_size
+    step = compiled(decode_step) if model.compile_decode else decode_step
+    inputs = model, buffers.token[:B], kv_cache
+    if model.cuda_graphs and buffers.pool is not None:
+        key = step, B, kv_cache.visible
+        if key not in buffers.graphs:
+            buffers.graphs[key] = capture(step, inputs, buffers.pool)
+        graph, logits = buffers.graphs[key]
+        graph.replay()
+    else:
+        logits = step(*inputs)
+    kv_cache.length += 1
+    return logits
+
+
+# ---------------------------------------------------------------- the loop
+
+def check_options(rows, max_new_tokens, temperature, top_k, top_p, repetition_penalty, eos_token_id, seed,
+                  prefill_chunk) -> None:
+    """Raises InputError that names the option of `generate` which is out of range."""
+    for name, value, fits, expected in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
+            ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1"),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "None or above 0 and at most 1"),
+            ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0"),
+            ("eos_token_id", eos_token_id, all(type(e) is int for e in eos_token_id), "None, an id or ids"),
+            ("seed", seed, seed is None or isinstance(seed, int) or len(seed) == rows,
+             "None, a number, or one for each row"),
+            ("prefill_chunk", prefill_chunk, prefill_chunk >= 1, "None or at least 1")):
+        if not fits:
+            raise InputError(f"{name} is {value}, expected {expected}")
+
+
+@torch.no_grad()                                   # not inference_mode: the results may be trained on
+def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None =
+None,
+             max_new_tokens: int = 256, temperature: float = 0.0, top_k: int | None = None,
+             top_p: float | None = None, repetition_penalty: float = 1.0,
+             eos_token_id: int | Sequence[int] | None = None, seed: int | Sequence[int] | None = None,
+             prefill_chunk: int | None = None, kv_cache: KVCache | None = None) -> Iterator[Tensor]:
+    """Yields the next token of every row, (B,) int64 on the CPU, until all rows have ended or the context is
+    full.
+
+    input_ids (B, T), pixel_values (n_tiles, 3, S, S), attention_mask (B, T): as in MonoInternVL.forward, with
+    the pads on the left, so that all rows end in the same column.
+    temperature: 0 is greedy. repetition_penalty: counts generated tokens only [repo: it sees no prompt ids].
+    eos_token_id: the token, or the tokens, that end a row. An ended row yields it, or the first of them, from
+    then on. None: no row ends.
+    seed: each row draws from its own generator, and the global one is left alone. A number s gives row i the
+    seed s + i; a list has one seed for each row.
+    prefill_chunk: tokens of the prompt that are read at a time, to bound memory.
+    kv_cache: the cache of earlier calls. Its memory is used again. If the prompt (of one row) begins like the
+    cached one, only the rest is read. That changes no answer, except for roundings in 16 bits.
+    <IMG_CONTEXT> is never generated, because it means nothing without a tile.
+    Raises InputError for inputs and options that do not fit.
+    """
+    model.check_inputs(input_ids, pixel_values, attention_mask)
+    (B, T), device, context = input_ids.shape, input_ids.device, model.config.context_length
+    ends = list(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    ends = [] if eos_token_id is None else ends
+    chunk = T if prefill_chunk is None else prefill_chunk
+    check_options(B, max_new_tokens, temperature, top_k, top_p, repetition_penalty, ends, seed, chunk)
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise InputError("a row of attention_mask ends in padding; generate needs left-padded rows")
+    if T >= context:
+        raise InputError(f"the prompt of {T} tokens fills the context of {context}; "
+                         "shorten it or use fewer tiles")
+    max_new_tokens = min(max_new_tokens, context - T)
+    if attention_mask is not None and attention_mask.all():
+        attention_mask = None                      # no pads: attention needs no mask
+    cache = KVCache(model.config) if kv_cache is None else kv_cache
+    cache.reserve(B, T + max_new_tokens, model.language_model.output.weight.dtype, device)
+    logits = prefill(model, input_ids, pixel_values, attention_mask, cache, chunk)
+
+    image_token = model.config.img_context_token_id
+    forbidden = torch.tensor([] if image_token is None else [image_token], dtype=torch.int64, device=device)
+    seeds = [seed + row for row in range(B)] if isinstance(seed, int) else seed or []
+    generators = [torch.Generator(device).manual_seed(s) for s in seeds] or [None] * B
+    generated = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+    running = list(range(B))                       # the prompt's row that each row of the cache belongs to
+    ended, last = set(), [0] * B                   # rows of the prompt, and the token that each yielded last
+    for count in range(1, max_new_tokens + 1):
+        token = sample_token(logits.index_fill(1, forbidden, -torch.inf), generated, temperature, top_k,
+        top_p,
+                             repetition_penalty, [generators[row] for row in running])
+        for row, t in zip(running, token.tolist(), strict=True):           # the one sync of a step
+            last[row] = ends[0] if row in ended else t
+        yield torch.tensor(last)
+        ended |= {row for row in running if last[row] in ends}
+        last = [ends[0] if row in ended else t for row, t in enumerate(last)]
+        survivors = [i for i, row in enumerate(running) if row not in ended]
+        if count == max_new_tokens or not survivors:
+            return
+        # Ended rows leave the batch. Where every batch size needs a CUDA graph, they leave by halves only.
+        any_size = cache.step_buffers.pool is None or not model.cuda_graphs
+        if len(survivors) < len(running) and (any_size or len(survivors) <= len(running) // 2):
+            order = cache.keep_rows(survivors)
+            running, token, generated = [running[i] for i in order], token[order], generated[order]
+        if B == 1:
+            cache.input_ids.append(last[0])
+        generated.scatter_(1, token[:, None], True)
+        logits = decode(model, token, cache)
