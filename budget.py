@@ -125,10 +125,10 @@ def sample_flop(shapes: dict[str, tuple], trained: set[str], c, tokens: int, max
 
 # ---------------------------------------------------------------- the machine at hand
 
-def measured_peak(device: str, dtype: torch.dtype) -> float:
+def measured_peak(device: str, dtype: str) -> float:
     """What a large matrix product reaches on this device, in operations per second."""
     n = 8192 if device.startswith("cuda") else 512
-    a = torch.ones(n, n, dtype=dtype, device=device)
+    a = torch.ones(n, n, dtype=getattr(torch, dtype), device=device)
     best = math.inf
     for _ in range(5):
         started = time.perf_counter()
@@ -149,6 +149,13 @@ def peak_memory(device: str) -> int | None:
 
 
 # ---------------------------------------------------------------- the plan of a preset
+
+def print_plan(stage: str, memory: dict[str, float], seconds: float) -> None:
+    """memory: as memory_plan makes it. seconds: NaN if nobody knows."""
+    parts = ", ".join(f"{part} {size / 1e9:.3f}" for part, size in memory.items())
+    print(f"{stage:6}{parts}; together {sum(memory.values()) / 1e9:.2f}"
+          + ("" if math.isnan(seconds) else f"; {seconds / 3600:,.1f} hours"))
+
 
 @dataclass
 class Flags:

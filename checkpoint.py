@@ -20,7 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import InputError, full_tensor, rank, read_json, sum_over_processes, wait_for_all, world_size
+from common import (
+    InputError,
+    full_tensor,
+    rank,
+    read_json,
+    say,
+    sum_over_processes,
+    wait_for_all,
+    world_size,
+)
 
 # ---------------------------------------------------------------- configs
 
@@ -259,12 +268,17 @@ def copy_tokenizer(folder: Path, to: Path) -> None:
 
 
 def add_tokens(folder: Path, to: Path, tokens: list[str], first_id: int) -> None:
-    """Copies the tokenizer's files to another folder and gives it more tokens, with ids from first_id on."""
-    copy_tokenizer(folder, to)
-    path = to / "added_tokens.json"
-    added = read_json(path) if path.exists() else {}
-    added |= {token: first_id + i for i, token in enumerate(tokens)}
-    path.write_text(json.dumps(added, indent=2))
+    """Copies the tokenizer's files to another folder and gives it more tokens, with ids from first_id on. All
+    processes call this, the first one writes."""
+    if not rank():
+        copy_tokenizer(folder, to)
+        path = to / "added_tokens.json"
+        added = read_json(path) if path.exists() else {}
+        added |= {token: first_id + i for i, token in enumerate(tokens)}
+        path.write_text(json.dumps(added, indent=2))
+    say(f"{folder}: its tokenizer gets {', '.join(tokens)}, ids from {first_id} on; their embeddings "
+        "start at the mean of the others")
+    wait_for_all()
 
 
 def save_with_tokenizer(folder: Path, tensors: dict[str, Tensor], config: dict, tokenizer: Path) -> None:

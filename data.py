@@ -43,7 +43,11 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "tokenizer.model").is_file():
-            raise InputError(f"{self.folder} has no tokenizer.model; it belongs beside the weights")
+            only_json = (self.folder / "tokenizer.json").is_file()
+            raise InputError(f"{self.folder} has " + (
+                "a tokenizer.json only; what is read here is sentencepiece's tokenizer.model, as InternLM2, "
+                "Llama 2 and TinyLlama have it" if only_json else
+                "no tokenizer.model; it belongs beside the weights"))
         try:
             self.sp = sp = SentencePieceProcessor(model_file=str(self.folder / "tokenizer.model"))
         except (RuntimeError, OSError) as e:
@@ -504,6 +508,17 @@ def sample_numbers(batch: dict) -> torch.Tensor:
         documents = torch.ones_like(batch["labels"]) if mask is None else mask
     in_row = documents.amax(1, keepdim=True)                               # (B, 1) how many samples
     return torch.where(documents > 0, documents - 1 + in_row.cumsum(0) - in_row, -1)
+
+
+def count_tokens(batch: dict, tokens_per_tile: int) -> dict[str, float]:
+    """How many "text" and "visual" tokens a batch has, how many supervised "labels", and how many "pairs" of
+    tokens of one sample, of which one sees the other."""
+    owner = sample_numbers(batch)
+    lengths = owner[owner >= 0].bincount()
+    visual = 0 if batch["pixel_values"] is None else len(batch["pixel_values"]) * tokens_per_tile
+    return {"text": int(lengths.sum()) - visual, "visual": visual,
+            "labels": int((batch["labels"][:, 1:] != IGNORED).sum()),
+            "pairs": int(lengths.square().sum()) / 2}
 
 
 def batch_as_text(batch: dict, tok: Tokenizer, rows: int = 3) -> str:

@@ -57,6 +57,20 @@ def text_probe(model: MonoInternVL, tok: Tokenizer) -> tuple[Tensor, float]:
     return model(**batch)[0], model(**batch, labels=labels)[1].item()
 
 
+def delta_verdict(before: MonoInternVL, after: MonoInternVL, trained: set[str], tok: Tokenizer,
+                  title: str) -> dict:
+    """Did a stage that trained these parameters leave all others, and what the model says about text, as they
+    were, bit for bit? Both models are on one device and in one dtype."""
+    (old_logits, old_loss), (logits, loss) = text_probe(before, tok), text_probe(after, tok)
+    weights = dict(before.named_parameters())
+    same = [torch.equal(weights[name], p) for name, p in after.named_parameters() if name not in trained]
+    verdict = {"text loss before": old_loss, "text loss after": loss, "frozen tensors": len(same),
+               "logits bitwise equal": torch.equal(old_logits, logits), "weights bitwise equal": all(same)}
+    print(f"{title}: text loss {old_loss:.6f} before, {loss:.6f} after; bitwise equal: text logits "
+          f"{verdict['logits bitwise equal']}, {len(same)} frozen tensors {verdict['weights bitwise equal']}")
+    return verdict
+
+
 def blank(image: Image.Image) -> Image.Image:
     """A grey picture of the same size. Who answers as well about this one did not look."""
     return Image.new("RGB", image.size, (64, 64, 64))

@@ -39,20 +39,10 @@ from tqdm import tqdm
 
 import budget
 import checkpoint
-from common import (
-    InputError,
-    flag,
-    full_tensor,
-    parse_flags,
-    rank,
-    read_json,
-    say,
-    sum_over_processes,
-    wait_for_all,
-    world_size,
-)
-from data import Batches, Tokenizer, batch_as_text, load_meta, sample_numbers, too_many_bad
-from evaluate import plot_loss, plot_predictions, print_table, text_probe, world_accuracy
+import common
+from common import InputError, flag, full_tensor, parse_flags, rank, read_json, say, world_size
+from data import Batches, Tokenizer, batch_as_text, count_tokens, load_meta, sample_numbers, too_many_bad
+from evaluate import delta_verdict, plot_loss, plot_predictions, print_table, world_accuracy
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 from world import World, make_world_tokenizer
 
@@ -214,6 +204,10 @@ def trainable_names(model: MonoInternVL, stage: Stage) -> set[str]:
     return {name for name, _ in model.named_parameters() if re.search(TRAINABLE[stage.trainable], name)}
 
 
+def shapes_of(model: MonoInternVL) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
 def select_trainable(model: MonoInternVL, stage: Stage):
     """Delta tuning: only the stage's parameters require a gradient."""
     names = trainable_names(model, stage)
@@ -288,8 +282,8 @@ def next_batches(source, batches: Batches, accum: int, flags: Flags) -> tuple[li
     except InputError as e:
         problem = str(e)
     supervised = sum(int((m["labels"][:, 1:] != -100).sum()) for m in micro)
-    failed, bad, seen, total = sum_over_processes(problem is not None, len(batches.bad), batches.seen,
-    supervised)
+    failed, bad, seen, total = common.sum_over_processes(
+        problem is not None, len(batches.bad), batches.seen, supervised)
     # Each process meets the same bad samples once per epoch, hence size · world_size.
     problem = problem or too_many_bad(int(bad), int(seen), world_size() * (batches.size or sys.maxsize),
                                       flags.max_bad)
@@ -326,23 +320,20 @@ def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stag
 
 def account(c: MonoInternVLConfig, micro: list[dict], token_losses: list[Tensor]):
     """What this process learned from in a step: (the sum of the losses, their mean by task, the samples whose
-    loss is not finite, how many of what budget.flop_rates counts)."""
-    sums, counts, not_finite, amounts = defaultdict(float), defaultdict(int), [], defaultdict(int)
+    loss is not finite, the numbers of tokens by kind, as budget.flop_rates has them)."""
+    sums, counts, not_finite, own = defaultdict(float), defaultdict(int), [], defaultdict(int)
     for m, losses in zip(micro, token_losses, strict=True):
-        owner, n = sample_numbers(m), len(m["ids"])
-        of_label = owner[:, 1:][m["labels"][:, 1:] != -100]                # (supervised,)
+        of_label = sample_numbers(m)[:, 1:][m["labels"][:, 1:] != -100]    # (supervised,)
+        n = len(m["ids"])
         by_sample = torch.zeros(n).index_add_(0, of_label, losses.float().cpu()).tolist()
         labels = of_label.bincount(minlength=n).tolist()
         for sample, task, loss, tokens in zip(m["ids"], m["tasks"], by_sample, labels, strict=True):
             sums[str(task)] += loss
             counts[str(task)] += tokens
             not_finite += [] if math.isfinite(loss) else [sample]
-        lengths = owner[owner >= 0].bincount()
-        visual = 0 if m["pixel_values"] is None else len(m["pixel_values"]) * c.tokens_per_tile
-        for key, value in (("text", int(lengths.sum()) - visual), ("visual", visual),
-                           ("labels", len(losses)), ("pairs", int(lengths.square().sum()) / 2)):
-            amounts[key] += value
-    return sum(sums.values()), {task: sums[task] / max(1, counts[task]) for task in sums}, not_finite, amounts
+        for kind, number in count_tokens(m, c.tokens_per_tile).items():
+            own[kind] += number
+    return sum(sums.values()), {task: sums[task] / max(1, counts[task]) for task in sums}, not_finite, own
 
 
 # ---------------------------------------------------------------- progress: bar, log, TensorBoard
@@ -357,25 +348,24 @@ class Progress:
         self.file = open(path.with_suffix(f".rank{rank()}.jsonl") if rank() else path, "ab")
         if length is not None and length < self.file.tell():
             self.file.truncate(length)
-        self.board, self.bar, self.totals = None, None, defaultdict(float)
+        self.board = None
 
     def write(self, **event):
         self.file.write(json.dumps(event).encode() + b"\n")
         self.file.flush()
 
     @contextmanager
-    def stage(self, stage: Stage, model: MonoInternVL, first: int, steps: int, flags: Flags):
-        """Yields the numbers of the steps to do, under a bar."""
-        peak = (flags.peak_tflops or 0) * 1e12
-        self.peak = peak or budget.measured_peak(flags.device, getattr(torch, flags.dtype))
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        self.rates = budget.flop_rates(shapes, trainable_names(model, stage), model.config)
-        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    def steps(self, stage: Stage, model: MonoInternVL, first: int, steps: int, flags: Flags):
+        """Yields the numbers of a stage's steps that are to be done, under a bar."""
+        self.stage, self.device = stage.name, flags.device
+        self.totals, self.started = defaultdict(float), time.time()
+        self.rates = budget.flop_rates(shapes_of(model), trainable_names(model, stage), model.config)
+        self.peak = (flags.peak_tflops or 0) * 1e12 or budget.measured_peak(flags.device, flags.dtype)
         if not rank() and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter  # optional
-            self.board = SummaryWriter(str(Path(self.file.name).with_name("tensorboard") / stage.name),
-                                       purge_step=first)
-        self.totals, self.started = defaultdict(float), time.time()
+            folder = Path(self.file.name).with_name("tensorboard") / stage.name
+            self.board = SummaryWriter(str(folder), purge_step=first)
+        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.bar = tqdm(range(first, steps), f"{stage.name:4} {trains / 1e6:.2f} M train", initial=first,
                         total=steps, unit="step", mininterval=0.5, disable=rank() > 0)
         try:
@@ -384,13 +374,12 @@ class Progress:
             self.bar.close()
             if self.board:
                 self.board.close()
-                self.board = None
 
     def bad_sample(self, index: int, error: str):
         tqdm.write(f"bad sample, left out: {error}", file=sys.stderr)
         self.write(event="bad sample", error=error)
 
-    def check_finite(self, stage: Stage, step: int, loss: float, norm: float, samples: list):
+    def check_finite(self, step: int, loss: float, norm: float, samples: list):
         """Raises InputError with the samples of all processes whose loss is not finite."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
@@ -399,26 +388,26 @@ class Progress:
             everyones = [None] * world_size()
             dist.all_gather_object(everyones, samples)
         names = ", ".join(str(name) for names in everyones for name in names) or "none by itself"
-        raise InputError(f"the loss of {stage.name} is {loss} at step {step}, the gradient's norm "
+        raise InputError(f"the loss of {self.stage} is {loss} at step {step}, the gradient's norm "
                          f"{norm}; lower --lr, or look at these samples: {names:.2000}")
 
-    def report(self, stage: Stage, step: int, loss: float, lr: float, norm: float, by_task: dict, amounts:
-    dict,
-               tokens: float, visual: float, micro: list[dict], flags: Flags, utilisation: float | None):
-        """tokens, visual: of this step on all processes; amounts: on this one."""
-        self.totals["tokens"] += tokens
-        self.totals["visual"] += visual
-        self.totals["flop"] += sum(self.rates[key] * amounts[key] for key in amounts)
+    def report(self, step: int, loss: float, lr: float, norm: float, by_task: dict, own: dict,
+               everyones: dict, micro: list[dict], utilisation: float | None):
+        """own, everyones: the step's tokens, of this process and of all, by kind as in budget.flop_rates.
+        utilisation: of packed rows."""
+        self.totals["tokens"] += everyones["text"] + everyones["visual"]
+        self.totals["visual"] += everyones["visual"]
+        self.totals["flop"] += sum(self.rates[kind] * own[kind] for kind in own)
         seconds = time.time() - self.started
         shown = {"loss": loss, "lr": lr, "grad_norm": norm,
                  "tokens_per_s": round(self.totals["tokens"] / seconds),
                  "visual_tokens_per_s": round(self.totals["visual"] / seconds),
                  "mfu": round(self.totals["flop"] / seconds / self.peak, 4),
-                 "memory_gb": round((budget.peak_memory(flags.device) or 0) / 1e9, 3)}
+                 "memory_gb": round((budget.peak_memory(self.device) or 0) / 1e9, 3)}
         if utilisation is not None:
-            shown["utilisation"] = round(utilisation, 4)                   # of the packed rows
+            shown["utilisation"] = round(utilisation, 4)
         order = zlib.crc32(repr([m["ids"] for m in micro]).encode())
-        self.write(stage=stage.name, step=step, **shown, tasks=by_task, order=order)
+        self.write(stage=self.stage, step=step, **shown, tasks=by_task, order=order)
         if self.board and step % 10 == 0:
             for name, value in (shown | {f"loss/{task}": v for task, v in by_task.items()}).items():
                 self.board.add_scalar(name, value, step)
@@ -483,22 +472,22 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     first = resume(checkpoint.newest_partial(partial) if partial else None, model, optimizer, batches)
     source = iter(batches)
     model.train()
-    with stop_signals() as stopped, progress.stage(stage, model, first, steps, flags) as numbers:
+    with stop_signals() as stopped, progress.steps(stage, model, first, steps, flags) as numbers:
         for step in numbers:
             micro, supervised = next_batches(source, batches, accum, flags)
             token_losses = backward(model, forward, micro, supervised, stage, flags)
             norm = full_tensor(torch.nn.utils.clip_grad_norm_(trainable, flags.grad_clip)).item()
-            loss_sum, by_task, not_finite, amounts = account(model.config, micro, token_losses)
-            loss, tokens, visual, stop = sum_over_processes(
-                loss_sum, amounts["text"] + amounts["visual"], amounts["visual"], len(stopped))
+            loss_sum, by_task, not_finite, own = account(model.config, micro, token_losses)
+            loss, text, visual, stop = common.sum_over_processes(
+                loss_sum, own["text"], own["visual"], len(stopped))
             loss /= max(1, supervised)
-            progress.check_finite(stage, step, loss, norm, not_finite)
+            progress.check_finite(step, loss, norm, not_finite)
             lr = learning_rate(step, steps, stage, flags)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            progress.report(stage, step, loss, lr, norm, by_task, amounts, tokens, visual, micro, flags,
+            progress.report(step, loss, lr, norm, by_task, own, {"text": text, "visual": visual}, micro,
                             batches.utilisation if flags.pack else None)
             if step + 1 == steps:
                 break
@@ -514,24 +503,6 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
 
 # ---------------------------------------------------------------- what a stage starts from, and what it kept
 
-def tokenizer_of_llm(folder: Path, to: Path) -> Tokenizer:
-    """The tokenizer of a language model. If it lacks chat or image tokens: a copy in the folder `to` that has
-    them."""
-    if not (folder / "tokenizer.model").exists() and (folder / "tokenizer.json").exists():
-        raise InputError(f"{folder} has a tokenizer.json only; what is read here is sentencepiece's "
-                         "tokenizer.model, as InternLM2, Llama 2 and TinyLlama have it")
-    tok = Tokenizer(folder)
-    missing = [token for token in checkpoint.IMAGE_TOKENS if token not in tok.special_tokens]
-    if not missing:
-        return tok
-    if not rank():
-        checkpoint.add_tokens(folder, to, missing, len(tok))
-    say(f"{folder}: its tokenizer gets {', '.join(missing)}, ids from {len(tok)} on; their embeddings start "
-        "at the mean of the others")
-    wait_for_all()
-    return Tokenizer(to)
-
-
 def origin(flags: Flags, stage: Stage, first: bool, out: Path):
     """(config, tokenizer, a function that makes the model) that a stage begins with: --init_from for the
     first of the run, the stage before it, or for S0 a new model."""
@@ -539,7 +510,7 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path):
     if stage.name == "S0" and not flags.init_from:
         if not rank():
             make_world_tokenizer(out / "tokenizer")
-        wait_for_all()
+        common.wait_for_all()
         tok = Tokenizer(out / "tokenizer")
         config = tiny_config(flags.recipe, tok)
         return config, tok, lambda: MonoInternVL(config)
@@ -552,7 +523,11 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path):
         raise InputError(f"{folder} holds no checkpoint to start {stage.name} from: "
                          "run the stages before it, or name a folder with --init_from")
     if read_json(folder / "config.json").get("model_type") in ("internlm2", "llama"):
-        tok = tokenizer_of_llm(folder, out / "tokenizer")
+        tok = Tokenizer(folder)
+        missing = [token for token in checkpoint.IMAGE_TOKENS if token not in tok.special_tokens]
+        if missing:
+            checkpoint.add_tokens(folder, out / "tokenizer", missing, len(tok))
+            tok = Tokenizer(out / "tokenizer")
         config = MonoInternVLConfig.from_llm(
             folder, attn_experts="qkvo" if flags.recipe == "evip++" else "", bos_token_id=tok.bos_id,
             eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
@@ -567,28 +542,7 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path):
     return MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder), build
 
 
-def delta_verdict(before: MonoInternVL, after: MonoInternVL, stage: Stage, tok: Tokenizer,
-                  flags: Flags) -> dict:
-    """Did the stage leave all that it freezes, and what the model says about text, as it was, bit for bit?"""
-    for model in (before, after):
-        select_trainable(model, stage)
-        model.to(flags.device, getattr(torch, flags.dtype))                # that of what is frozen
-    (old_logits, old_loss), (logits, loss) = (text_probe(model, tok) for model in (before, after))
-    weights = dict(before.named_parameters())
-    same = [torch.equal(weights[n], p) for n, p in after.named_parameters() if not p.requires_grad]
-    verdict = {"text loss before": old_loss, "text loss after": loss, "frozen tensors": len(same),
-               "logits bitwise equal": torch.equal(old_logits, logits), "weights bitwise equal": all(same)}
-    print(f"{stage.name}: text loss {old_loss:.6f} before, {loss:.6f} after; bitwise equal: text logits "
-          f"{verdict['logits bitwise equal']}, {len(same)} frozen tensors {verdict['weights bitwise equal']}")
-    return verdict
-
-
 # ---------------------------------------------------------------- the plan of a run
-
-def paper_config(recipe: str) -> MonoInternVLConfig:
-    config = MonoInternVLConfig.mono_internvl_2b(img_context_token_id=92546)
-    return replace(config, attn_experts="qkvo" if recipe == "evip++" else "")
-
 
 def print_stages(stages: list[Stage], done: list[str], model: MonoInternVL, flags: Flags, processes: int):
     """What the run will do, and with what. The model may be on the meta device."""
@@ -610,28 +564,10 @@ def memory_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int)
     """budget.memory_plan of a stage. The model may be on the meta device."""
     rows, accum = batch_plan(model, stage, flags, processes)
     return budget.memory_plan(
-        {name: p.shape for name, p in model.named_parameters()}, trainable_names(model, stage), model.config,
-        rows=rows, tokens=token_limit(model.config, stage, flags), max_tiles=stage.max_tiles,
-        itemsize=getattr(torch, flags.dtype).itemsize, accumulated=accum > 1, recompute=recomputes(model, flags),
-        sharded_over=processes if is_sharded(model, flags, processes) else 1)
-
-
-def print_memory(stages: list[Stage], model: MonoInternVL, flags: Flags, processes: int):
-    """What each stage needs on a device, and how long it takes at most."""
-    c, shapes = model.config, {name: p.shape for name, p in model.named_parameters()}
-    print("\nMemory per device in GB for the longest batch (activations are estimated)"
-          + (f", and hours if every\nsample were the longest and a device did {flags.peak_tflops:g} TFLOP/s"
-             if flags.peak_tflops else "") + ":")
-    for stage in stages:
-        trained, plan = trainable_names(model, stage), memory_plan(model, stage, flags, processes)
-        millions, hours = sum(math.prod(shapes[name]) for name in trained) / 1e6, ""
-        if flags.peak_tflops:
-            flop = budget.sample_flop(shapes, trained, c, token_limit(c, stage, flags), stage.max_tiles)
-            seconds = stage.steps * stage.batch * flop / (processes * flags.peak_tflops * 1e12)
-            hours = f"; {seconds / 3600:,.1f} hours"
-        parts = ", ".join(f"{part} {size / 1e9:.3f}" for part, size in plan.items())
-        print(f"{stage.name:6}{millions:9.2f} M train: {parts}; "
-              f"together {sum(plan.values()) / 1e9:.2f}{hours}")
+        shapes_of(model), trainable_names(model, stage), model.config, rows=rows, max_tiles=stage.max_tiles,
+        tokens=token_limit(model.config, stage, flags), itemsize=getattr(torch, flags.dtype).itemsize,
+        sharded_over=processes if is_sharded(model, flags, processes) else 1, accumulated=accum > 1,
+        recompute=recomputes(model, flags))
 
 
 def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, processes: int):
@@ -641,7 +577,8 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
                if flags.preset != "tiny" and not getattr(flags, name)]
     with tempfile.TemporaryDirectory() as folder:
         if "--init_from" in missing:
-            config = paper_config(flags.recipe)
+            config = replace(MonoInternVLConfig.mono_internvl_2b(img_context_token_id=92546),
+                             attn_experts="qkvo" if flags.recipe == "evip++" else "")
         else:
             config, tok, _ = origin(flags, stages[0], True, Path(folder) if stages[0].name == "S0" else out)
         with torch.device("meta"):
@@ -649,7 +586,15 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
         print_stages(stages, done, model, flags, processes)
         if rank():
             return
-        print_memory(stages, model, flags, processes)
+        print("\nMemory per device in GB for the longest batch (activations are estimated)"
+              + (f", and hours if\nevery sample were the longest and a device did {flags.peak_tflops:g} TFLOP/s"
+                 if flags.peak_tflops else "") + ":")
+        for stage in stages:
+            longest = token_limit(config, stage, flags)
+            flop = budget.sample_flop(shapes_of(model), trainable_names(model, stage), config, longest,
+                                      stage.max_tiles)
+            seconds = stage.steps * stage.batch * flop / (processes * (flags.peak_tflops or math.nan) * 1e12)
+            budget.print_plan(stage.name, memory_plan(model, stage, flags, processes), seconds)
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
             return
@@ -665,8 +610,7 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
 # ---------------------------------------------------------------- the run
 
 def check_flags(flags: Flags) -> list[Stage]:
-    """Raises InputError for flags that contradict each other or are out of range. Returns the stages to
-    run."""
+    """The stages to run. Raises InputError for flags that contradict each other or are out of range."""
     recipe = PRESETS[flags.preset][flags.recipe]
     names = [stage.name for stage in recipe]
     if unknown := [name for name in flags.stages if name not in names]:
@@ -686,8 +630,7 @@ def check_flags(flags: Flags) -> list[Stage]:
 
 
 def choose_device(flags: Flags):
-    """Fills --device and --dtype auto. torchrun numbers the processes of a machine, and each takes its
-    GPU."""
+    """Replaces auto. torchrun numbers the processes of a machine, and each takes its GPU."""
     if flags.device == "auto":
         flags.device = "cuda" if torch.cuda.is_available() else "cpu"
     if flags.device == "cuda":
@@ -719,9 +662,10 @@ def open_progress(out: Path, stage: Stage | None, record: dict, flags: Flags) ->
     return progress
 
 
-def run_stage(stage: Stage, first: bool, out: Path, flags: Flags, progress: Progress, report: dict) -> bool:
-    """Trains a stage from what is before it, or from its newest checkpoint, and saves it. False: stopped."""
-    config, tok, build = origin(flags, stage, first, out)
+def run_stage(stage: Stage, start: tuple, out: Path, flags: Flags, progress: Progress, report: dict) -> bool:
+    """Trains a stage from `start`, what origin returns, or from its newest checkpoint, and saves it. False:
+    stopped."""
+    config, tok, build = start
     folder = out / f"{stage.name}.partial"
     partial = checkpoint.newest_partial(folder)
     model = MonoInternVL.from_pretrained(partial / "model", dtype=None) if partial else build()
@@ -731,8 +675,10 @@ def run_stage(stage: Stage, first: bool, out: Path, flags: Flags, progress: Prog
     save(model, tok, out / stage.name)
     del model
     if stage.trainable == "visual" and not rank():
-        after = MonoInternVL.from_pretrained(out / stage.name, dtype=None)
-        report[stage.name] = delta_verdict(build(), after, stage, tok, flags)
+        dtype = getattr(torch, flags.dtype)                                # that of what is frozen
+        before, after = build(), MonoInternVL.from_pretrained(out / stage.name, dtype=None)
+        report[stage.name] = delta_verdict(before.to(flags.device, dtype), after.to(flags.device, dtype),
+                                           trainable_names(after, stage), tok, stage.name)
     return True
 
 
@@ -762,7 +708,7 @@ def run(flags: Flags):
     torch.manual_seed(flags.seed)
     partials = [out / f"{stage.name}.partial" for stage in stages]
     record = checkpoint.read_run(out, vars(flags), partials, FREE_TO_CHANGE)
-    wait_for_all()                                 # all have read the record: from now on it may change
+    common.wait_for_all()                          # all have read the record: from now on it may change
     if flags.dry_run:
         return dry_run(stages, record["done"], flags, out, world_size())
     if record["interrupted"]:
@@ -775,19 +721,21 @@ def run(flags: Flags):
     report = record["report"] | {"recipe": flags.recipe, "seed": flags.seed, "torch": torch.__version__}
     todo = [stage for stage in stages if stage.name not in record["done"]]
     first = (todo or stages)[0]
-    config, _, _ = origin(flags, first, first is stages[0], out)
+    start = origin(flags, first, first is stages[0], out)
     with torch.device("meta"):
-        print_stages(stages, record["done"], MonoInternVL(config), flags, world_size())
+        print_stages(stages, record["done"], MonoInternVL(start[0]), flags, world_size())
+    say(f"writes {out}/")
     progress = open_progress(out, todo[0] if todo else None, record, flags)
     record["flags"] = record["flags"] | vars(flags)
     checkpoint.write_run(out, record)
     for stage in todo:
-        if not run_stage(stage, stage is stages[0], out, flags, progress, report):
+        start = start if stage is first else origin(flags, stage, stage is stages[0], out)
+        if not run_stage(stage, start, out, flags, progress, report):
             return
         record["done"].append(stage.name)
         record |= {"log": progress.file.tell(), "report": report}
         checkpoint.write_run(out, record)
-        wait_for_all()
+        common.wait_for_all()
         if not rank():
             shutil.rmtree(out / f"{stage.name}.partial", ignore_errors=True)
     if not rank():
