@@ -150,10 +150,10 @@ def peak_memory(device: str) -> int | None:
 
 # ---------------------------------------------------------------- the plan of a preset
 
-def print_plan(stage: str, memory: dict[str, float], seconds: float) -> None:
-    """memory: as memory_plan makes it. seconds: NaN if nobody knows."""
+def print_plan(stage: str, trains: int, memory: dict[str, float], seconds: float) -> None:
+    """trains: parameters. memory: as memory_plan makes it. seconds: NaN if nobody knows."""
     parts = ", ".join(f"{part} {size / 1e9:.3f}" for part, size in memory.items())
-    print(f"{stage:6}{parts}; together {sum(memory.values()) / 1e9:.2f}"
+    print(f"{stage:6}{trains / 1e6:9.2f} M train: {parts}; together {sum(memory.values()) / 1e9:.2f}"
           + ("" if math.isnan(seconds) else f"; {seconds / 3600:,.1f} hours"))
 
 
