@@ -1,9 +1,8 @@
 """Mono-InternVL and Mono-InternVL-1.5: one decoder-only transformer that reads image patches and text.
 
-Read top to bottom: configuration; vision embedding (pixels to visual tokens); routing and the modality
-mixture-of-experts; norms and rotary positions; who sees whom; attention, decoder layer, language model; the
-whole model. Generation is in generate.py, files are in checkpoint.py, the CUDA kernel is in moe_kernel.py and
-.cu.
+Read top to bottom: configuration; vision embedding; routing and the modality mixture-of-experts; norms and
+rotary positions; positions and masks; attention, decoder layer, language model; the whole model. Generation
+is in generate.py, files are in checkpoint.py, the CUDA kernel is in moe_kernel.py and moe_kernel.cu.
 
 Sources: [v1] arXiv 2410.08202, [v1.5] arXiv 2507.12566, [repo] the official code (OpenGVLab/Mono-InternVL),
 [ours] our choice where those are silent. Shapes: B rows, T tokens, D hidden size, H heads, KV key/value
@@ -73,7 +72,7 @@ class MonoInternVLConfig:
             least = 0 if name.endswith("token_id") else 1e-12
             require(type(value) not in (int, float) or least <= value < math.inf, name, "a positive number")
         require(self.attn_experts in ("", "qkv", "qkvo"), "attn_experts", "'', 'qkv' or 'qkvo'")
-        scaling = self.rope_scaling or {"type": "linear", "factor": 1.0}
+        scaling = {"type": "linear", "factor": 1.0} if self.rope_scaling is None else self.rope_scaling
         require(scaling.get("type") in ("linear", "dynamic") and type(scaling.get("factor")) in (int, float)
                 and 1 <= scaling["factor"] < math.inf, "rope_scaling",
                 'null or {"type": "linear" or "dynamic", "factor": a number >= 1}')
@@ -101,8 +100,7 @@ class MonoInternVLConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "MonoInternVLConfig":
-        """Reads an official (or our) config.json. Raises InputError that names the field which does not
-        fit."""
+        """Reads an official (or our) config.json. Raises InputError that names a field that does not fit."""
         return checkpoint.read_config(path, cls)
 
     @classmethod
@@ -297,7 +295,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-# ---------------------------------------------------------------- who sees whom
+# ---------------------------------------------------------------- positions and masks
 
 def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Tensor | None, device):
     """(positions (1 or B, T), lengths, mask) of T new tokens after `past` cached ones.
@@ -307,33 +305,36 @@ def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Ten
     broadcast over heads; None is plain causal attention, which needs no tensor.
     """
     columns = torch.arange(past + T, device=device)
-    seen = columns <= columns[past:, None]                                 # (T, past + T): itself and before
     if document_ids is not None:
-        # packed samples 1 and 2:   1 | x . . .     A sample sees itself only and counts from 0. Runs are
-        # counted                           1 | x x . .     instead of ids: the pads at the end are a document
-        # as well,                           2 | . . x .     which nobody reads.
+        # Samples 1 1 2 2 in a row.      x . . .    Each sees itself only and counts from 0. Runs of equal
+        #                                x x . .    ids are numbered, because the pads at the end are a run
+        #                                . . x .    as well: a sample that nobody else sees.
+        #                                . . x x
         starts = F.pad(document_ids.diff(dim=1) != 0, (1, 0))              # (B, T) a document's first token
         runs = starts.cumsum(1)
         positions = columns - (columns * starts).cummax(1).values
         lengths = torch.zeros_like(runs).scatter_add_(1, runs, torch.ones_like(runs)).gather(1, runs)
-        same = runs[:, :, None] == runs[:, None]
-        return positions, lengths, (same & seen)[:, None]                  # mask (B, 1, T, T)
+        mask = (runs[:, :, None] == runs[:, None]) & (columns <= columns[:, None])
+        return positions, lengths, mask[:, None]                           # mask (B, 1, T, T)
     if real is not None:
-        # padded on the left:     pad | x . .         Nobody sees a pad, except the pad itself: a softmax over
-        #                           1 | . x .         nothing would be NaN. Positions count the row's own
-        #                           1 | . x x         tokens.
+        # One pad, then two tokens.      x . .      Nobody sees a pad, except the pad itself: a softmax over
+        #                                . x .      nothing would be NaN. Each row counts its own tokens.
+        #                                . x x
         positions = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
-        itself = columns == columns[past:, None]
-        return positions, real.sum(1), (seen & real[:, None] | itself)[:, None]    # mask (B, 1, T, past + T)
+        mask = (columns <= columns[past:, None]) & real[:, None] | (columns == columns[past:, None])
+        return positions, real.sum(1), mask[:, None]                       # mask (B, 1, T, past + T)
     if past and T > 1:
-        # after a cache of two:    x x | x .          Causal, aligned at the lower right corner.
-        #                          x x | x x
+        # Two cached tokens, three new.  x x x . .  Causal, aligned at the lower right corner.
+        #                                x x x x .
+        #                                x x x x x
         return columns[None, past:], past + T, causal_lower_right(T, past + T)
-    # one sequence:   x . .        Plain causal attention. A single token after a cache sees all columns.
-    #                 x x .
-    #                 x x x
+    # Three tokens, nothing cached.      x . .      Plain causal attention. One new token sees all columns.
+    #                                    x x .
+    #                                    x x x
     return columns[None, past:], past + T, None
 
+
+# ---------------------------------------------------------------- the decoder: InternLM2 with visual experts
 
 def attend(q, k, v, **mask) -> Tensor:
     """softmax(q kᵀ / √hd) v under the mask, (B, heads, T, hd), by any fused kernel except cuDNN's. That one,

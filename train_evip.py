@@ -587,15 +587,16 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
         if rank():
             return
         print("\nMemory per device in GB for the longest batch (activations are estimated)"
-              + (f", and hours if\nevery sample were the longest and a device did {flags.peak_tflops:g} TFLOP/s"
+              + (f", and hours if\nevery sample were the longest at {flags.peak_tflops:g} TFLOP/s a device"
                  if flags.peak_tflops else "") + ":")
         shapes = shapes_of(model)
         for stage in stages:
             trained, longest = trainable_names(model, stage), token_limit(config, stage, flags)
             flop = budget.sample_flop(shapes, trained, config, longest, stage.max_tiles)
-            seconds = stage.steps * stage.batch * flop / (processes * (flags.peak_tflops or math.nan) * 1e12)
+            speed = processes * (flags.peak_tflops or math.nan) * 1e12
             budget.print_plan(stage.name, sum(math.prod(shapes[name]) for name in trained),
-                              memory_plan(model, stage, flags, processes), seconds)
+                              memory_plan(model, stage, flags, processes),
+                              stage.steps * stage.batch * flop / speed)
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
             return
