@@ -1,7 +1,7 @@
 // The modality mixture-of-experts of Mono-InternVL as CUDA kernels.
 //
-// What. Every token has a fixed label: text, visual or pad. A routed product multiplies the text tokens by
-// the weights of the text expert, and the visual tokens by the weights of the visual expert:
+// What. Every token has a fixed expert: text, visual or none (pad). A routed product multiplies the text
+// tokens by the weights of the text expert, and the visual tokens by those of the visual expert:
 //     moe_linear   y[token] = x[token] · w_e^T  (+ residual[token])          wqkv, wo, second half of the FFN
 //     moe_swiglu   h[token] = silu(x[token] · w1_e^T) * (x[token] · w3_e^T)  first half of the FFN
 // where e is the expert of the token. The output of a pad is zero, plus its residual if there is one. Pads
@@ -52,7 +52,7 @@
 #include "cuda_on_cpu.h"
 
 enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };  // the numbers that Python passes
-enum Label { TEXT, VISUAL };                // every other label means pad
+enum Expert { TEXT, VISUAL };               // every other number means pad
 
 // What a routed product reads and writes. All matrices are row-major and contiguous, and start at a multiple
 // of 16 bytes. in_features and out_features are multiples of 8. num_tokens includes the pads.
@@ -76,19 +76,19 @@ __device__ inline void from_float(__half& to, float v) { to = __float2half(v); }
 
 // ---------------------------------------------------------------- routing
 
-// A stable partition by a single block. Each thread counts the labels in its own segment of the tokens. An
+// A stable partition by a single block. Each thread counts the experts in its own segment of the tokens. An
 // inclusive scan over the threads then gives the place in each part of the list where its segment begins.
 // Finally the thread walks through its segment again and writes the token indices. They are int64 because
 // PyTorch indexes with the permutation too. The 8 bytes per token are negligible beside a row of x.
 constexpr int ROUTE_THREADS = 256;
 __global__ void __launch_bounds__(ROUTE_THREADS)
-route_kernel(const uint8_t* labels, int64_t* permutation, int64_t* counts, int num_tokens) {
+route_kernel(const uint8_t* expert, int64_t* permutation, int64_t* counts, int num_tokens) {
     DYNAMIC_SHARED(int, text_scan);  // after the scan, [t] counts the segments of threads 0 to t
     int* const visual_scan = text_scan + ROUTE_THREADS;
     const int t = threadIdx.x, segment = (num_tokens + ROUTE_THREADS - 1) / ROUTE_THREADS;
     const int begin = min(num_tokens, t * segment), end = min(num_tokens, begin + segment);
     int text = 0, visual = 0;
-    for (int i = begin; i < end; i++) text += labels[i] == TEXT, visual += labels[i] == VISUAL;
+    for (int i = begin; i < end; i++) text += expert[i] == TEXT, visual += expert[i] == VISUAL;
     text_scan[t] = text;
     visual_scan[t] = visual;
     __syncthreads();
@@ -105,7 +105,7 @@ route_kernel(const uint8_t* labels, int64_t* permutation, int64_t* counts, int n
     int next_pad = num_text + num_visual + begin - next_text - next_visual;
     next_visual += num_text;
     for (int i = begin; i < end; i++)
-        permutation[labels[i] == TEXT ? next_text++ : labels[i] == VISUAL ? next_visual++ : next_pad++] = i;
+        permutation[expert[i] == TEXT ? next_text++ : expert[i] == VISUAL ? next_visual++ : next_pad++] = i;
     if (t == 0) counts[0] = num_text, counts[1] = num_visual;
 }
 
@@ -489,10 +489,10 @@ static int launch_for_dtype(const UntypedProblem& p, int dtype, int tile_config,
 // What Python calls. All pointers are device pointers, dtype is a Dtype, and tile_config is a TileConfig. The
 // functions launch on the current device and the given stream. They allocate nothing and wait for nothing.
 // They return 0 or a CUDA error code.
-extern "C" int moe_route(const uint8_t* labels, int64_t* permutation, int64_t* counts, int num_tokens,
+extern "C" int moe_route(const uint8_t* expert, int64_t* permutation, int64_t* counts, int num_tokens,
                          cudaStream_t stream) {
     LAUNCH(route_kernel, 1, ROUTE_THREADS, 2 * ROUTE_THREADS * sizeof(int), stream,
-           labels, permutation, counts, num_tokens);
+           expert, permutation, counts, num_tokens);
     return cudaGetLastError();
 }
 // gather and scatter are the permutation. Null means that x, or y and residual, is already in permuted order.

@@ -6,7 +6,7 @@ PyTorch knows as torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu, t
 
 Shapes: N tokens laid end to end, K -> M widths of a product. `permutation` (N,) int64 lists the token indices
 sorted by expert: text, then visual, then pads, each in reading order. `counts` (2,) int64 holds the numbers
-of text and of visual tokens. Rows in "routed order" are sorted by this permutation.
+of text and of visual tokens. Rows in "permuted order" are sorted by this permutation.
 """
 import contextlib
 import ctypes
@@ -127,7 +127,7 @@ def _route(expert: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("mono_internvl::moe_linear", mutates_args=())
 def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, counts: Tensor,
             residual: Tensor | None, gather: bool, scatter: bool, tile_config: int) -> Tensor:
-    """x (N, K), weights (M, K) -> (N, M). x is in reading order if gather, else in routed order; the result
+    """x (N, K), weights (M, K) -> (N, M). x is in reading order if gather, else in permuted order; the result
     is in reading order if scatter. tile_config: 0 lets moe_kernel.cu choose, else a value of its enum."""
     y, permutation = x.new_empty(len(x), len(w_text)), _aligned(permutation)
     launch("moe_linear", x.device, *map(_aligned, (x, w_text, w_visual, residual)), y,
@@ -139,7 +139,7 @@ def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, co
 @torch.library.custom_op("mono_internvl::moe_swiglu", mutates_args=())
 def _swiglu(x: Tensor, w1_text: Tensor, w3_text: Tensor, w1_visual: Tensor, w3_visual: Tensor,
             permutation: Tensor, counts: Tensor, tile_config: int) -> Tensor:
-    """x (N, K) in reading order, weights (M, K) -> h = silu(x w1ᵀ) · (x w3ᵀ), (N, M), in routed order."""
+    """x (N, K) in reading order, weights (M, K) -> h = silu(x w1ᵀ) · (x w3ᵀ), (N, M), in permuted order."""
     h = x.new_empty(len(x), len(w1_text))
     launch("moe_swiglu", x.device, *map(_aligned, (x, w1_text, w3_text, w1_visual, w3_visual)), h,
            _aligned(permutation), _aligned(counts), *x.shape, len(w1_text), DTYPES[x.dtype], tile_config)
@@ -155,7 +155,7 @@ _swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 # ---------------------------------------------------------------- their gradients
 
 def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Tensor | None]:
-    """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in routed order. Only the device knows
+    """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order. Only the device knows
     how many tokens there are, so the others are set to zero instead of left out. They are not multiplied by
     zero, because 0 · NaN = NaN."""
     position = torch.arange(x.shape[0], device=x.device)[:, None]
@@ -261,6 +261,6 @@ def swiglu(x: Tensor, text: Sequence[Tensor], visual: Sequence[Tensor], permutat
     flat, *first, w2_text, w2_visual = _cast_for_autocast(
         x.reshape(-1, x.shape[-1]), *text[:2], *visual[:2], text[2], visual[2])
     _check(flat, first, permutation, counts)
-    h = _swiglu(flat, *first, permutation, counts, 0)                      # stays in routed order
+    h = _swiglu(flat, *first, permutation, counts, 0)                      # stays in permuted order
     _check(h, (w2_text, w2_visual), permutation, counts)
     return _linear(h, w2_text, w2_visual, permutation, counts, None, False, True, 0).view(x.shape)
