@@ -1,5 +1,4 @@
-"""Generation: a cache of keys and values, and the loop that reads a prompt once and then writes token by
-token.
+"""Generation: a cache of keys and values, and the loop that reads a prompt and writes token by token.
 
 In this order: KVCache; sampling; reading the prompt (prefill); one decoding step, which a GPU replays as a
 CUDA graph; `generate`, which is also MonoInternVL.generate. What all of it computes is what
@@ -30,6 +29,16 @@ def write_slots(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tenso
 # instead of 247 ms a step, measured on a CPU with 8 small layers and a cache of 8 rows of 4,096 slots.
 write_slots_compiled = torch.library.custom_op("mono_internvl::write_slots", write_slots,
                                                mutates_args=("keys", "values"))
+
+
+class StepBuffers:
+    """What a decoding step reads on the device. A CUDA graph reads the same addresses at every replay."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)       # where its key and value go
+        self.graphs = {}                           # (function, rows, visible) -> (CUDA graph, its logits)
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None   # the graphs' memory
 
 
 class KVCache:
@@ -197,16 +206,6 @@ def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mas
 
 
 # ---------------------------------------------------------------- one decoding step
-
-class StepBuffers:
-    """What a decoding step reads on the device. A CUDA graph reads the same addresses at every replay."""
-
-    def __init__(self, rows: int, device: torch.device):
-        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)       # where its key and value go
-        self.graphs = {}                           # (function, rows, visible) -> (CUDA graph, its logits)
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None   # the graphs' memory
-
 
 def decode_step(model, token: Tensor, kv_cache: KVCache) -> Tensor:
     """token (B, 1) -> logits (B, V) of the next. A generated token is text, so there is no routing. Slot and

@@ -155,9 +155,9 @@ _swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 # ---------------------------------------------------------------- their gradients
 
 def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Tensor | None]:
-    """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order. Only the device knows
-    how many tokens there are, so the others are set to zero instead of left out. They are not multiplied by
-    zero, because 0 · NaN = NaN."""
+    """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order. Only the device
+    knows how many tokens that is, so the other rows are set to zero instead of left out. They are not
+    multiplied by zero, because 0 · NaN = NaN."""
     position = torch.arange(x.shape[0], device=x.device)[:, None]
     experts = position < counts[0], (position >= counts[0]) & (position < counts.sum())
     return [torch.where(e, dy, 0).T @ torch.where(e, x, 0) if want else None
