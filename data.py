@@ -170,10 +170,10 @@ def chat_prompt(conversation: Sequence[dict], system: str = SYSTEM_MESSAGE) -> s
 
 def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_image: Sequence[int] = (),
                         tokens_per_tile: int = 256, system: str | None = None) -> tuple[list[int], list[int]]:
-    """A conversation -> (input_ids, labels), two lists of one length. input_ids: <s> and chat_prompt, in which
-    each <image> of a human turn becomes <img>, tiles · tokens_per_tile times <IMG_CONTEXT>, </img>. labels:
-    the ids of answers and their <|im_end|>, else -100; all -100 if the last turn is the human's. system None:
-    tok.system_message.
+    """A conversation -> (input_ids, labels), two lists of one length. input_ids: <s> and chat_prompt. Each
+    <image> of a human turn becomes <img>, tiles · tokens_per_tile times <IMG_CONTEXT>, </img>. labels: the
+    ids of the answers and their <|im_end|>, else -100; all -100 if the last turn is the human's. system None
+    takes tok.system_message.
 
     Parts are encoded one by one, so labels are exact, and a prompt for generation is a prefix of the ids in
     training. Raises InputError like chat_prompt, and if there are not as many <image> marks as images.
@@ -221,9 +221,9 @@ def open_image(image: str | Path | io.BytesIO | Image.Image) -> Image.Image:
 
 def tile_image(image: str | Path | io.BytesIO | Image.Image, max_tiles: int = 12, image_size: int = 448,
                use_thumbnail: bool = True, min_tiles: int = 1) -> list[Image.Image]:
-    """Square RGB tiles of image_size pixels [repo: dynamic_preprocess]. Of all grids of min_tiles to max_tiles
-    tiles, the one with the closest aspect ratio wins; the image is resized to fill it and cut row by row. If
-    there are several tiles, a thumbnail of the whole comes last. Raises InputError like open_image."""
+    """Square RGB tiles of image_size pixels [repo: dynamic_preprocess]. The grid of min_tiles to max_tiles
+    tiles with the closest aspect ratio wins; the image is resized to fill it and cut row by row. If there are
+    several tiles, a thumbnail of the whole comes last. Raises InputError like open_image."""
     if not 1 <= min_tiles <= max_tiles or image_size < 1:
         raise InputError(f"min_tiles {min_tiles}, max_tiles {max_tiles}, image_size {image_size}: "
                          "expected 1 <= min_tiles <= max_tiles and a positive size")
