@@ -1740,8 +1740,8 @@ def test_line_numbers_and_offsets_do_not_depend_on_the_blocks_they_are_read_in(t
     with tempfile.NamedTemporaryFile() as f:
         f.write(text.encode())
         f.flush()
-        dataset.annotation, dataset.BLOCK = f.name, block
-        places = dataset.index().tolist()
+        dataset.annotation, dataset.BLOCK_SIZE = f.name, block
+        places = dataset.find_samples().tolist()
     lines = text.encode().split(b"\n")
     offsets = itertools.accumulate([0, *(len(line) + 1 for line in lines[:-1])])
     assert places == [[i, at] for i, (line, at) in enumerate(zip(lines, offsets, strict=True), 1)
@@ -2074,7 +2074,7 @@ def test_packing_loses_nothing_and_fills_rows_of_mixed_lengths_above_90_percent(
     assert source.utilisation == real / (40 * 4 * 1024) > 0.98
     # all that was drawn, in the order of unpacked batches, was given or waits
     order = list(itertools.chain(*drawn(Batches(samples, 1, 0, pool=1), source.seen)))
-    assert sorted(given + [i for *_, i, _ in source.waiting[0]]) == sorted(order)
+    assert sorted(given + [waiting.index for waiting in source.buffer]) == sorted(order)
     # none waits for ever: a row begins with the sample that was drawn first
     assert (drawn_at := [order.index(i) for i in heads]) == sorted(drawn_at)
 
