@@ -46,11 +46,11 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "tokenizer.model").is_file():
-            only_json = (self.folder / "tokenizer.json").is_file()
-            raise InputError(f"{self.folder} has " + (
-                "a tokenizer.json only; what is read here is sentencepiece's tokenizer.model, as InternLM2, "
-                "Llama 2 and TinyLlama have it" if only_json else
-                "no tokenizer.model; it belongs beside the weights"))
+            found = "no tokenizer.model; it belongs beside the weights"
+            if (self.folder / "tokenizer.json").is_file():
+                found = ("a tokenizer.json only; what is read here is sentencepiece's tokenizer.model, as "
+                         "InternLM2, Llama 2 and TinyLlama have it")
+            raise InputError(f"{self.folder} has {found}")
         try:
             self.sp = sp = SentencePieceProcessor(model_file=str(self.folder / "tokenizer.model"))
         except (RuntimeError, OSError) as e:
@@ -204,8 +204,8 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def open_image(image: str | Path | io.BytesIO | Image.Image) -> Image.Image:
-    """In RGB, with its pixels read. Transparency and EXIF rotation are ignored [repo]. Raises InputError that
-    names an image which is missing, damaged, empty or too large."""
+    """Returns the image in RGB, its pixels read. Transparency and EXIF rotation are ignored [repo]. Raises
+    InputError that names an image which is missing, damaged, empty or too large."""
     name = str(image) if isinstance(image, (str, Path)) else getattr(image, "filename", "") or "the image"
     try:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
@@ -273,9 +273,9 @@ class JsonlDataset(Dataset):
 
     repeat_time 2.5 gives every sample twice and a random half of them, by seed, once more [ours: the official
     code takes the first part of the file, and no fractions above 1]. The images of a sample share max_tiles
-    [repo]. A sample above max_tokens (default: the model's context) is an error, nothing is cut. augment: as
-    in load_image, drawn by (seed, index). A bad sample raises InputError when it is asked for, with its file
-    and line number. They are also the id of a sample that has none.
+    [repo]. A sample of more than max_tokens (default: the model's context) is an error, nothing is cut. With
+    augment, its tiles go through JPEG as in load_image; (seed, index) decide the quality. A bad sample raises
+    InputError when it is asked for, with its file and line number. A sample without "id" has these as its id.
     """
 
     BLOCK_SIZE = 1 << 20                           # bytes
@@ -414,7 +414,7 @@ class TarDataset(JsonlDataset):
                             locations.extend((number, member.offset))
                             previous = number, key
                         tar.members.clear()        # tarfile would keep all headers in memory
-                    tar.fileobj.seek(tar.offset)   # tarfile does not miss the zeros that end an archive
+                    tar.fileobj.seek(tar.offset)   # zeros end an archive; tarfile accepts one without them
                     if tar.fileobj.read(512) != bytes(512):
                         raise tarfile.ReadError("its end is missing")
             except (OSError, tarfile.TarError) as e:
@@ -570,9 +570,9 @@ class ErrorsAsValues(Dataset):
             return i, None, str(e)
 
 
-class Drawn(NamedTuple):
+class Buffered(NamedTuple):
     """A sample that waits for its batch."""
-    number: int                                    # how many this rank has drawn, this one included
+    number: int                                    # how many samples this rank had read by then
     index: int                                     # its index in the dataset
     tokens: int
     sample: dict
@@ -585,7 +585,7 @@ class Batches:
     r + world_size, … A dataset without a length is read in the order 0, 1, 2, … Worker processes only fetch
     samples, so their number does not change the order.
 
-    Samples of similar length share a batch: the samples of `pool` batches are drawn, sorted by length and cut
+    Samples of similar length share a batch: the samples of `pool` batches are read, sorted by length and cut
     into batches, which are shuffled. With pool=1, batch j of all ranks together is piece j of the order.
 
     With pack_tokens, a batch has batch_size rows of at most pack_tokens tokens, filled from a buffer that
@@ -593,7 +593,7 @@ class Batches:
     that still fits, until none does. `utilisation` is the share of batch_size · pack_tokens that is no pad.
 
     A bad sample (InputError, or longer than pack_tokens) is left out and reported once by on_bad(index,
-    message), by default on stderr. `bad` maps index to message, `seen` counts all samples drawn. Raises
+    message), by default on stderr. `bad` maps index to message, `seen` counts all samples read. Raises
     InputError if more than max_bad of them are bad.
     """
 
@@ -610,15 +610,15 @@ class Batches:
         self.on_bad = on_bad or (lambda _, error: print("bad sample, left out:", error, file=sys.stderr))
         self.rng = random.Random(seed)             # shuffles batches on all ranks alike: like lengths meet
         self.seen, self.bad, self.packed_tokens, self.packed_room = 0, {}, 0, 0
-        # Drawn and not given yet: the batches of a pool in a row, or, for packing, sorted by length.
-        self.buffer: list[Drawn] = []
+        # Read, not given yet: the batches of a pool, one after the other, or, for packing, sorted by length.
+        self.buffer: list[Buffered] = []
 
     @property
     def utilisation(self) -> float:
         return self.packed_tokens / max(1, self.packed_room)
 
     def indices(self) -> Iterator[int]:
-        """This rank's share of the order, from the first sample on that was not drawn yet."""
+        """This rank's share of the order, from the first sample on that was not read yet."""
         epoch = order = None
         for position in itertools.count(self.seen * self.world_size + self.rank, self.world_size):
             if self.size and epoch != position // self.size:
@@ -639,8 +639,8 @@ class Batches:
                 sample[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             yield i, sample, error
 
-    def draw(self, source) -> Drawn:
-        """The next good sample from `fetch`."""
+    def next_sample(self, source) -> Buffered:
+        """The next good sample. source: what `fetch` yields."""
         for attempt in itertools.count(1):
             i, sample, error = next(source)
             self.seen += 1
@@ -648,7 +648,7 @@ class Batches:
             if self.pack_tokens and tokens > self.pack_tokens:
                 error = f"sample {sample['id']}: {tokens} tokens, a packed row has {self.pack_tokens}"
             if error is None:
-                return Drawn(self.seen, i, tokens, sample)
+                return Buffered(self.seen, i, tokens, sample)
             if i not in self.bad:
                 self.bad[i] = error
                 self.on_bad(i, error)
@@ -657,32 +657,32 @@ class Batches:
             if attempt == self.size:
                 raise InputError(f"{attempt} samples in a row are unreadable. The last: {self.bad[i]}")
 
-    def next_samples(self, source) -> list[Drawn]:
-        """The samples of the next batch without packing."""
+    def next_batch(self, source) -> list[list[dict]]:
+        """The next batch, a list of its samples for each row: one sample."""
         if not self.buffer:
-            pool = [self.draw(source) for _ in range(self.pool * self.batch_size)]
-            pool.sort(key=lambda d: d.tokens)
+            pool = [self.next_sample(source) for _ in range(self.pool * self.batch_size)]
+            pool.sort(key=lambda b: b.tokens)
             batches = [pool[i:i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
             self.rng.shuffle(batches)
             self.buffer = list(itertools.chain(*batches))
-        return [self.buffer.pop(0) for _ in range(self.batch_size)]
+        return [[self.buffer.pop(0).sample] for _ in range(self.batch_size)]
 
-    def next_packed_rows(self, source) -> list[list[Drawn]]:
-        """The samples of each row of the next packed batch."""
+    def next_packed_batch(self, source) -> list[list[dict]]:
+        """The next batch, a list of its samples for each row: as many as fit."""
         buffer, rows = self.buffer, []
-        buffered = sum(drawn.tokens for drawn in buffer)
-        while buffered < self.pool * self.batch_size * self.pack_tokens:
-            drawn = self.draw(source)
-            insort_left(buffer, drawn, key=lambda d: d.tokens)             # of equal length: the newest first
-            buffered += drawn.tokens
+        tokens = sum(b.tokens for b in buffer)
+        while tokens < self.pool * self.batch_size * self.pack_tokens:
+            sample = self.next_sample(source)
+            insort_left(buffer, sample, key=lambda b: b.tokens)            # of equal length: the newest first
+            tokens += sample.tokens
         for _ in range(self.batch_size):
             oldest = min(range(len(buffer)), key=lambda i: buffer[i].number)
             row = [buffer.pop(oldest)]
             room = self.pack_tokens - row[0].tokens
-            while fitting := bisect_right(buffer, room, key=lambda d: d.tokens):    # so many samples fit
+            while fitting := bisect_right(buffer, room, key=lambda b: b.tokens):    # so many samples fit
                 row.append(buffer.pop(fitting - 1))        # the longest of them, and of equal ones the oldest
                 room -= row[-1].tokens
-            rows.append(row)
+            rows.append([b.sample for b in row])
             self.packed_tokens += self.pack_tokens - room
             self.packed_room += self.pack_tokens
         return rows
@@ -690,13 +690,9 @@ class Batches:
     def __iter__(self) -> Iterator[dict]:
         source = self.fetch()
         while True:
-            if self.pack_tokens:
-                rows = self.next_packed_rows(source)
-                batch = collate([pack([drawn.sample for drawn in row]) for row in rows], self.pad_token_id)
-                samples = [drawn.sample for row in rows for drawn in row]
-            else:
-                samples = [drawn.sample for drawn in self.next_samples(source)]
-                batch = collate(samples, self.pad_token_id)
+            rows = self.next_packed_batch(source) if self.pack_tokens else self.next_batch(source)
+            batch = collate([pack(row) if self.pack_tokens else row[0] for row in rows], self.pad_token_id)
+            samples = list(itertools.chain(*rows))
             yield {**batch, "ids": [sample["id"] for sample in samples],
                    "tasks": [sample.get("task") for sample in samples]}
 
@@ -705,7 +701,7 @@ class Batches:
         return {"settings": {name: getattr(self, name) for name in self.SETTINGS}, "seen": self.seen,
                 "bad": list(self.bad.items()), "packed_tokens": self.packed_tokens,
                 "packed_room": self.packed_room, "rng": self.rng.getstate(),
-                "buffer": [{"number": d.number, "index": d.index, "tokens": d.tokens} for d in self.buffer]}
+                "buffer": [{"number": b.number, "index": b.index, "tokens": b.tokens} for b in self.buffer]}
 
     def load_state_dict(self, state: dict):
         """Call it before iterating. Raises InputError if SETTINGS differ or a buffered sample is bad now."""
@@ -717,4 +713,4 @@ class Batches:
         self.packed_tokens, self.packed_room = state["packed_tokens"], state["packed_room"]
         version, words, gauss = state["rng"]
         self.rng.setstate((version, tuple(words), gauss))
-        self.buffer = [Drawn(**drawn, sample=self.dataset[drawn["index"]]) for drawn in state["buffer"]]
+        self.buffer = [Buffered(**b, sample=self.dataset[b["index"]]) for b in state["buffer"]]

@@ -101,8 +101,7 @@ def generate_options(tok: Tokenizer, flags: Flags) -> dict:
 
 
 def add_image_marks(question: str, images: int) -> str:
-    """Puts <image> marks in front of a question that has none, numbered if there are several [repo:
-    README]."""
+    """Puts <image> marks before a question without any, numbered if there are several [repo: README]."""
     if "<image>" in question or not images:
         return question
     if images == 1:
@@ -181,8 +180,7 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
 # ---------------------------------------------------------------- a file of questions
 
 class Questions(JsonlDataset):
-    """The lines of --input. A sample is what collate takes, "question", and "index", its number among the
-    questions."""
+    """The lines of --input. A sample has what collate needs, and its "question"."""
 
     def __init__(self, flags: Flags, tok: Tokenizer, config: MonoInternVLConfig,
                  load: Callable[[str], torch.Tensor]):

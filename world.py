@@ -80,8 +80,8 @@ def make_scene(rng: random.Random) -> Picture:
     things = list(zip(shapes, colors, sizes, cells, strict=True))
     image, draw = new_image(rng)
     questions = []
-    # Questions name a thing by its color, and answers read "color is value". So whatever is asked, the model
-    # looks up the word before "is". With one wording per task, a tiny model learned only some of the tasks.
+    # Questions name a thing by its color. Every answer reads "key is value": whatever is asked, the model has
+    # to look up the word before "is". With one wording per task, a tiny model learned only some of the tasks.
     for shape, color, size, cell in things:
         position, box = POSITIONS[cell], draw_shape(draw, shape, color, size, cell)
         questions += [("color", f"What color is {position}?", f"{position} is {color}."),
@@ -91,11 +91,11 @@ def make_scene(rng: random.Random) -> Picture:
                       ("box", f"Find {color}.",
                        f"{color} is {position}. <ref>{color}</ref><box>[{box}]</box>")]
     if n > 1:
-        for (_, a, _, p), (_, b, _, q) in itertools.permutations(rng.sample(things, 2)):
-            for word, u, v in ("left of", p % 3, q % 3), ("above", p // 3, q // 3):
-                if u != v:
-                    questions.append(("relation", f"Is {a} {word} {b}?", f"{a} is {POSITIONS[p]}. "
-                                      f"{b} is {POSITIONS[q]}. {'yes' if u < v else 'no'}."))
+        for (_, a, _, cell_a), (_, b, _, cell_b) in itertools.permutations(rng.sample(things, 2)):
+            for word, at_a, at_b in ("left of", cell_a % 3, cell_b % 3), ("above", cell_a // 3, cell_b // 3):
+                if at_a != at_b:
+                    questions.append(("relation", f"Is {a} {word} {b}?", f"{a} is {POSITIONS[cell_a]}. "
+                                      f"{b} is {POSITIONS[cell_b]}. {'yes' if at_a < at_b else 'no'}."))
     # The description names the things in any order, and their position or their color first. So what follows
     # cannot be guessed from the order, it must be looked up.
     position_first, described, facts = rng.random() < 0.5, rng.sample(things, n), []
