@@ -451,7 +451,13 @@ def resume(folder: Path | None, model: MonoInternVL, optimizer: torch.optim.Adam
     state = checkpoint.load_training(folder, moments(model, optimizer))
     for of_parameter in optimizer.state.values():
         of_parameter["step"].fill_(state["step"])
-    batches.load_state_dict(state["batches"])
+    problem = None
+    try:
+        batches.load_state_dict(state["batches"])  # reads samples again
+    except InputError as e:
+        problem = str(e)
+    if common.sum_over_processes(problem is not None)[0]:
+        raise InputError(problem or "another process stopped, its message says why")
     return state["step"]
 
 
