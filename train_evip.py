@@ -495,13 +495,12 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
             optimizer.zero_grad()
             progress.report(step, loss, lr, norm, by_task, own, {"text": text, "visual": visual}, micro,
                             batches.utilisation if flags.pack else None)
-            if step + 1 == steps:
-                break
-            if partial and (stop or (step + 1) % flags.save_every == 0):
+            is_last = step + 1 == steps
+            if partial and not is_last and (stop or (step + 1) % flags.save_every == 0):
                 checkpoint.save_training(partial, step + 1, lambda folder: save(model, tok, folder),
                                          moments(model, optimizer), keep=flags.keep,
                                          state={"batches": batches.state_dict(), "log": progress.file.tell()})
-            if stop:
+            if stop and not is_last:
                 return False
     model.eval()
     return True
