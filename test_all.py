@@ -3214,7 +3214,8 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 RESULTS = (HERE / "RESULTS.md").read_text(encoding="utf-8")
 SHORT = {"train_evip.py": "--steps=1 --batch_size=2 --grad_accum=1 --eval_questions=1",
          "sample.py": "--max_new_tokens=2", "evaluate.py": "--questions=1",
-         "bench.py kernels": "--seconds=0 --image-tiles 0", "bench.py report": "",
+         "bench.py kernels": "--seconds=0 --image-tiles 0 --hidden-size=64 --intermediate-size=64",
+         "bench.py report": "",
          "bench.py train": "--seconds=0 --rounds 2 --tiny-rounds 2",
          "bench.py infer": "--seconds=0 --layers 1 --tiles 1 --batches 1 --rounds 2 --steps 1",
          "bench.py ablation": "--seeds=1 --steps=1 --eval-questions=1"}
@@ -3319,6 +3320,7 @@ def test_the_readme_repeats_the_recipe_and_the_main_figures():
     assert len(figures) == 8 and set(figures) <= set(RESULTS.splitlines())
 
 
+@pytest.mark.slow
 def test_the_recipe_for_an_expert_type_makes_one(tmp_path):
     check = """
 import torch, train_evip
