@@ -2473,13 +2473,10 @@ def narrow(**changes) -> MonoInternVLConfig:
 
 
 def test_the_modular_counterpart_is_an_encoder_before_the_same_llm():
-    config = narrow(num_hidden_layers=2, vocab_size=1100, img_context_token_id=1000, vision_hidden_size=16)
     with torch.device("meta"):
         full = bench.Modular(MonoInternVLConfig.mono_internvl_2b(img_context_token_id=1000))
-        ours = MonoInternVL(MonoInternVLConfig.mono_internvl_1_5_2b())
-    assert 300e6 < sum(p.numel() for p in full.encoder.parameters()) < 310e6
-    llm = {n: p.shape for n, p in ours.language_model.named_parameters() if "_ve." not in n}
-    assert llm == {n: p.shape for n, p in full.language_model.named_parameters()}
+    assert 300e6 < sum(p.numel() for p in full.encoder.parameters()) < 310e6             # InternViT-300M
+    config = narrow(num_hidden_layers=2, vocab_size=1100, img_context_token_id=1000, vision_hidden_size=16)
     ours, modular = bench.random_models(config, torch.float32, "cpu")
     shared, names = {p.data_ptr() for p in ours.parameters()}, dict(modular.named_parameters())
     assert {n for n, p in names.items() if p.data_ptr() not in shared} == \
@@ -2497,14 +2494,12 @@ def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypat
     flags = "--layers 1 --tiles 1 2 --rounds 2 --steps 1 --batches 1 2 --seconds 0 --cpu-time --markdown"
     assert bench.main(["infer", *flags.split(), f"--json={tmp_path}/a.json", f"--png={tmp_path}/a.png"]) == 0
     result, out = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
-    assert json.loads(out.splitlines()[-1]) == result and result["command"].startswith("python bench.py infer")
-    combinations = {(r["dtype"], r["tiles"], r["back_end"]) for r in result["prefill"]}
-    assert combinations == {*itertools.product(["bfloat16"], [1, 2], ["dense", "torch", "modular"]),
-                            ("float32", 2, "dense"), ("float32", 2, "torch")}
+    assert json.loads(out.splitlines()[-1]) == result and flags in result["command"]
+    assert {(r["dtype"], r["tiles"], r["back_end"]) for r in result["prefill"]} == {
+        *itertools.product(["bfloat16"], [1, 2], ["dense", "torch", "modular"]),
+        ("float32", 2, "dense"), ("float32", 2, "torch")}
     assert {(r["dtype"], r["batch"], r["cached_tokens"]) for r in result["decode"]} == {
         *itertools.product(["bfloat16"], [1, 2], [68, 72]), ("float32", 1, 72), ("float32", 2, 72)}
-    assert [(r["dtype"], r["tokens"]) for r in result["fused"]] == [
-        *itertools.product(["bfloat16", "float32"], [1, 72])]
     for row in result["prefill"] + result["decode"]:
         assert 0 < row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1] and row["floor"] > 0
     tables = [line for line in out.splitlines() if line.startswith("| ")]
@@ -3182,7 +3177,6 @@ def test_a_notebook_runs_from_top_to_bottom(name, executed):
     assert results[name].returncode == 0, results[name].stdout[-3000:]
     notebook, cells, source_hash = read_notebook(name, copy)
     assert notebook.metadata["outputs_of_source"] == source_hash
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert cells[0].outputs[0]["text"].startswith(f"Python {platform.python_version()}")
 
 
@@ -3195,17 +3189,8 @@ def test_kept_outputs_belong_to_the_code_above_them(name):
     for output in (output for cell in cells for output in cell.outputs):
         assert output.output_type != "error" and output.get("name") != "stderr", output
         assert str(Path.home()) not in str(output) and "/tmp/" not in str(output)
-
-
-@every_notebook
-def test_a_notebook_is_made_to_be_read(name):
-    notebook, cells, _ = read_notebook(name)
-    assert max(len(cell.source.splitlines()) for cell in cells) <= 15
-    assert sum("assert" in cell.source for cell in cells) > len(cells) / 4
-    assert "ccccc" not in "".join(cell.cell_type[0] for cell in notebook.cells)          # prose between them
-    prose = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
-        assert (HERE / "notebooks" / link).exists(), link
+    prose = "".join(cell.source for cell in notebook.cells if cell not in cells)
+    assert all((HERE / "notebooks" / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose))
 
 
 # ---------------------------------------------------------------- the README
@@ -3260,20 +3245,20 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
     words = shlex.split(command)
     if words[0] == "torchrun":                               # as one process
         words = ["python", *words[words.index("train_evip.py"):]]
-    if words[:3] == ["python", "-m", "pytest"]:              # these tests themselves
-        assert words[-1] == Path(__file__).name and set(words[3:-1]) <= {"-q", "-m", "gpu", "not slow"}
-    elif words[:2] == ["python", "notebooks/execute.py"]:    # all notebooks are run by it, above
-        assert all(name in NOTEBOOKS for name in words[2:])
-    elif words[1] == "budget.py":
-        subprocess.run([sys.executable, HERE / "budget.py", *words[2:]], check=True)
+    assert words[0] == "python"
+    if words[1] == "-m":                                     # pytest: these tests themselves
+        assert words[2] == "pytest" and words[-1] == Path(__file__).name
+    elif words[1] in ("notebooks/execute.py", "budget.py"):  # the notebooks are run above
+        assert (HERE / words[1]).exists()
+        if words[1] == "budget.py":
+            subprocess.run([sys.executable, HERE / "budget.py", *words[2:]], check=True)
     else:
-        assert words[0] == "python", f"no test knows how to run {command!r}"
-        modules = {"train_evip.py": train_evip, "sample.py": sample, "bench.py": bench, "evaluate.py": evaluate}
+        scripts = {f"{module.__name__}.py": module for module in (train_evip, sample, bench, evaluate)}
         options = SHORT[" ".join(words[1:3 if words[1] == "bench.py" else 2])].split()
-        monkeypatch.setattr(bench, "VARIANTS", dict(list(bench.VARIANTS.items())[:1]))
         if words[1] == "bench.py":
+            monkeypatch.setattr(bench, "VARIANTS", dict(list(bench.VARIANTS.items())[:1]))
             monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
-        assert modules[words[1]].main([*words[2:], *options]) == 0, capfd.readouterr().err
+        assert scripts[words[1]].main([*words[2:], *options]) == 0, capfd.readouterr().err
 
 
 def test_the_model_that_comes_along_answers_as_the_readme_says(monkeypatch, capsys):
@@ -3285,21 +3270,18 @@ def test_the_model_that_comes_along_answers_as_the_readme_says(monkeypatch, caps
         assert capsys.readouterr().out.strip() == answer
 
 
-def test_what_the_readme_and_the_results_name_exists():
-    yours = {"meta.json", "lines.jsonl", "questions.jsonl", "log.jsonl", "loss.png", "predictions.png",
-             "config.json", "tokenizer.model", "tokenizer.json", "0001.jpg", "0001.json", "0001.txt", "out/",
-             "out/evip++/", "tensorboard/"}
-    endings = "py|cu|h|json|jsonl|png|npz|ipynb|md|txt|model|jpg"
-    for text in (README, RESULTS):
-        prose = re.sub(r"```.*?```", "", text, flags=re.S)
-        named = {*re.findall(r"\]\((?!http|#)([^)#]+)\)", text),
-                 *re.findall(rf"`([\w./+-]+(?:\.(?:{endings})|/))`", prose)}
-        for name in named - yours:
-            assert (HERE / name).exists(), name
-        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-                   for title in re.findall(r"^#+ (.*)", text, re.M)}
-        assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
-    assert len(re.findall("^pip install", README, re.M)) == 2              # what .ci/run runs
+@pytest.mark.parametrize("text", [README, RESULTS], ids=["README.md", "RESULTS.md"])
+def test_the_files_and_sections_that_are_named_exist(text):
+    yours = {"meta.json", "lines.jsonl", "log.jsonl", "questions.jsonl", "loss.png", "predictions.png",
+             "tokenizer.model", "tokenizer.json", "0001.jpg", "0001.json", "0001.txt", "out/evip++/",
+             "tensorboard/"}
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    named = {*re.findall(r"\]\((?!http|#)([^)#]+)\)", prose),
+             *re.findall(r"`([\w./+-]+(?:\.(?:py|cu|h|jsonl?|png|npz|ipynb|md|txt|model|jpg)|/))`", prose)}
+    assert [name for name in named - yours if not (HERE / name).exists()] == []
+    titles = re.findall(r"^#+ (.*)", text, re.M)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
 
 
 def test_results_md_is_what_bench_report_makes_of_the_measurements(tmp_path, monkeypatch):
@@ -3309,54 +3291,43 @@ def test_results_md_is_what_bench_report_makes_of_the_measurements(tmp_path, mon
     assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == RESULTS
 
 
-def test_the_readme_repeats_the_recipe_and_the_main_figures():
-    stages = zip(train_evip.RECIPES["evip++"], train_evip.RECIPES["evip"], strict=True)
-    for stage, v1 in stages:
-        row = [stage.name, stage.goal, stage.trainable, stage.max_tiles,
+def test_the_readme_repeats_the_recipes_and_the_results_truly():
+    for stage, v1 in zip(train_evip.RECIPES["evip++"], train_evip.RECIPES["evip"], strict=True):
+        row = [stage.name, stage.goal, stage.trainable, str(stage.max_tiles),
                f"{stage.steps} · {stage.lr:g} {stage.schedule}", stage.paper, v1.paper]
-        assert f"| {' | '.join(map(str, row))} |" in README
+        assert f"| {' | '.join(row)} |" in README
     extract = README[README.index("## What is measured"):README.index("## Paper facts")]
     figures = [line for line in extract.splitlines() if line.startswith("| ")]
     assert len(figures) == 8 and set(figures) <= set(RESULTS.splitlines())
+    assert len(re.findall("^pip install", README, re.M)) == 2              # what .ci/run runs
 
 
-@pytest.mark.slow
-def test_the_recipe_for_an_expert_type_makes_one(tmp_path):
-    check = """
-import torch, train_evip
-config = m.MonoInternVLConfig(vocab_size=50, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, vision_hidden_size=6, patch_size=2, image_size=4,
-    img_context_token_id=40)
-model = m.MonoInternVL(config).copy_text_experts()
-names = [name for name, _ in model.named_parameters() if "ffn_norm_ve" in name]
-assert len(names) == 2
-train_evip.select_trainable(model, train_evip.RECIPES["evip++"][1])
-assert all(model.get_parameter(name).requires_grad for name in names)
-ids, pixels = torch.tensor([[1, 40, 2]]), torch.randn(1, 3, 4, 4)
-text, image = model(ids[:, :1])[0], model(ids, pixels)[0]
-model.get_parameter(names[0]).data.mul_(3)
-assert torch.equal(model(ids[:, :1])[0], text) and not torch.equal(model(ids, pixels)[0], image)
-model.save_pretrained("saved")
-saved = m.MonoInternVL.from_pretrained("saved")
-assert all(torch.equal(saved.get_parameter(name), p) for name, p in model.named_parameters())
-"""
-    done = subprocess.run([sys.executable, "-c", recipe("An expert type") + check], cwd=tmp_path, text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert done.returncode == 0, done.stderr
+def test_the_recipe_for_an_expert_type_makes_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(mono_internvl, "DecoderLayer", mono_internvl.DecoderLayer)       # comes back later
+    exec(recipe("An expert type"), {})
+    model = tiny().copy_text_experts()
+    train_evip.select_trainable(model, stage_of("S1.1"))
+    norms = [p for name, p in model.named_parameters() if "ffn_norm_ve" in name]
+    assert len(norms) == 2 and all(p.requires_grad for p in norms)
+    ids, pixels = torch.tensor([[1, IMG, 2]]), torch.randn(1, 3, 4, 4)
+    text, image = model(ids[:, :1])[0], model(ids, pixels)[0]
+    norms[0].data.mul_(3)
+    assert torch.equal(model(ids[:, :1])[0], text) and not torch.equal(model(ids, pixels)[0], image)
+    model.save_pretrained(tmp_path)
+    assert_close(MonoInternVL.from_pretrained(tmp_path)(ids, pixels)[0], model(ids, pixels)[0])
 
 
 @pytest.mark.slow
 def test_the_recipes_for_a_dataset_and_a_stage_train_on_it(newcomer, monkeypatch):
     for kind, name in (("digit", "daisy"), ("scene", "rose")):
         (newcomer / "flowers" / name).mkdir(parents=True)
-        for i in range(2):
-            world.make_picture(random.Random(i), kind).image.save(newcomer / "flowers" / name / f"{i}.jpg")
+        world.make_picture(random.Random(0), kind).image.save(newcomer / "flowers" / name / "1.jpg")
     exec(recipe("A dataset"), {})
     tok = Tokenizer(newcomer / "out/evip++/S2")
     config = MonoInternVLConfig.from_json(newcomer / "out/evip++/S2/config.json")
-    learned = [tok.decode(s["labels"][s["labels"] != IGNORED].tolist())
-               for s in load_meta("meta.json", tok, config)]
-    assert learned == ["daisy", "daisy", "rose", "rose"]
+    labels = [sample["labels"] for sample in load_meta("meta.json", tok, config)]
+    learned = [tok.decode(row[row != IGNORED].tolist()) for row in labels]
+    assert learned == ["daisy", "rose"]
     monkeypatch.setitem(train_evip.RECIPES, "evip++", train_evip.RECIPES["evip++"])      # comes back later
     main = train_evip.main
     monkeypatch.setattr(train_evip, "main", lambda argv: main([*argv, "--steps=2", "--batch_size=2"]))
