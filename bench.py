@@ -789,6 +789,8 @@ def report(args) -> None:
     """Writes RESULTS.md from the measurements in assets/. Both are in the current folder."""
     assets, on_gpu = Path("assets"), False
     runs = [read_json(file) for file in sorted(assets.glob("results_seed*.json"))]
+    if not runs:
+        raise InputError("there is no assets/results_seed0.json: run this in the folder of the project")
     losses = {"before": runs[0]["S1.1"]["text loss before"], "after": runs[0]["S1.2"]["text loss after"]}
     parts = ["## Held-out accuracy of the tiny model", ACCURACY_PROSE.format(**runs[0], **losses),
              accuracy_table(runs)]
@@ -816,18 +818,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands, gpu = parser.add_subparsers(dest="bench", required=True), torch.cuda.is_available()
 
     def command(run, tables, help: str, **options):
-        """options: name -> (default, help). The default tells the type; False makes it a switch."""
+        """options: name -> (default, help, *choices). The default tells the type; False makes it a switch."""
         sub = commands.add_parser(run.__name__.removeprefix("run_"), help=help,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run, tables=tables, device="cpu", cpu_time=False, png=None)
-        for name, (default, text) in options.items():
-            first = default[0] if isinstance(default, list) else default
-            how = {"action": "store_true"} if default is False else {"type": type(first)}
-            how |= {"nargs": "+"} if isinstance(default, list) else {}
+        for name, (default, text, *choices) in options.items():
+            how = {"action": "store_true"} if default is False else {"type": type(default)}
+            how |= {"type": type(default[0]), "nargs": "+"} if isinstance(default, list) else {}
+            how |= {"choices": choices} if choices else {}
             sub.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
 
     output = {"json": ("", "file for the result"), "markdown": (False, "also print the result as tables")}
-    timing = {"device": ("cuda" if gpu else "cpu", "cpu or cuda"), **output,
+    timing = {"device": ("cuda" if gpu else "cpu", "what to measure", "cpu", "cuda"), **output,
               "seconds": (1.0, "how long to repeat each measurement of a ceiling or a kernel")}
     rounds = {"back_ends": (["dense", "torch"] + ["cuda"] * gpu, "of the experts"),
               "rounds": (10 if gpu else 3, "how often each case is timed"),
