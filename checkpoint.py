@@ -13,6 +13,11 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:                                # Windows has none: two runs in one folder go unnoticed
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -238,18 +243,21 @@ def _from_llama(tensors: dict[str, Tensor], c, folder) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}    # old files
 
 
-def read_llm_tensors(folder: str | Path, c, dtype: torch.dtype | None, device) -> dict[str, Tensor]:
+def read_llm_tensors(folder: str | Path, c, dtype: torch.dtype | None, device,
+                     num_tokens: int | None = None) -> dict[str, Tensor]:
     """The tensors of an InternLM2 or Llama-layout folder under their names in MonoInternVL. c: the config of
-    the model to be. If its vocabulary is larger, the new rows start as the mean of the old ones [repo]."""
+    the model to be. num_tokens: the size of the LLM's own tokenizer, if its vocabulary is padded with rows that
+    mean nothing. Rows beyond the real ones start as the mean of the real ones [repo]."""
     tensors = read_tensors(folder, dtype, device)
     if "model.embed_tokens.weight" in tensors:
         tensors = _from_llama(tensors, c, folder)
     tensors = {f"language_model.{name}": t for name, t in tensors.items()}
     for name in ("language_model.model.tok_embeddings.weight", "language_model.output.weight"):
         old = tensors.get(name)
-        if old is not None and len(old) < c.vocab_size:
-            mean = old.float().mean(0, keepdim=True).to(old.dtype)
-            tensors[name] = torch.cat([old, mean.expand(c.vocab_size - len(old), -1)])
+        real = old if old is None or num_tokens is None else old[:num_tokens]
+        if old is not None and len(real) < c.vocab_size and len(old) <= c.vocab_size:
+            mean = real.float().mean(0, keepdim=True).to(old.dtype)
+            tensors[name] = torch.cat([real, mean.expand(c.vocab_size - len(real), -1)])
     return tensors
 
 
@@ -377,6 +385,18 @@ def read_run(out: Path, flags: dict, partials: list[Path], free_to_change: set[s
                              "give the same flags to continue it, --resume never to start from the "
                              "beginning, or another --out")
     return run
+
+
+def lock_run(out: Path):
+    """A file that this process holds as long as it lives. Raises InputError if another run in `out` holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / "run.lock", "w")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"another run is writing to {out}; wait for it, or name another --out") from None
+    return file
 
 
 def write_run(out: Path, run: dict) -> None:

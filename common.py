@@ -22,9 +22,14 @@ def read_json(path: str | Path, if_missing: str = "") -> dict:
     """The JSON object in a file. Raises InputError for everything else; if_missing: added if there is no
     file."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")                  # Windows editors add a BOM
+        if text.startswith("version https://git-lfs"):
+            raise InputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+        content = json.loads(text)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist{if_missing}") from None
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path} is not readable JSON: {e}") from None
     if not isinstance(content, dict):
@@ -66,7 +71,7 @@ def parse_flags(flags: type, argv: Sequence[str] | None = None, description: str
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
-            options |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+            options |= {"type": typing.get_args(kind)[0], "nargs": "+", "action": "extend"}
         else:                                                              # int, or int | None
             options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
         parser.add_argument("--" + f.name, **options)

@@ -295,7 +295,8 @@ None,
              max_new_tokens: int = 256, temperature: float = 0.0, top_k: int | None = None,
              top_p: float | None = None, repetition_penalty: float = 1.0,
              eos_token_id: int | Sequence[int] | None = None, seed: int | Sequence[int] | None = None,
-             prefill_chunk: int | None = None, kv_cache: KVCache | None = None) -> Iterator[Tensor]:
+             prefill_chunk: int | None = None, kv_cache: KVCache | None = None,
+             num_tokens: int | None = None) -> Iterator[Tensor]:
     """Yields the next token of every row, (B,) int64 on the CPU, until all rows have ended or the context is
     full.
 
@@ -309,8 +310,9 @@ None,
     prefill_chunk: tokens of the prompt that are read at a time, to bound memory.
     kv_cache: the cache of earlier calls. Its memory is used again. If the prompt (of one row) begins like the
     cached one, only the rest is read. That changes no answer, except for roundings in 16 bits.
-    <IMG_CONTEXT> is never generated, because it means nothing without a tile.
-    Raises InputError for inputs and options that do not fit.
+    num_tokens: the tokenizer's size. Later ids, with which some models pad their vocabulary, have no text.
+    They are never generated, nor is <IMG_CONTEXT>, which means nothing without a tile.
+    Raises InputError for inputs and options that do not fit, and when logits are NaN.
     """
     model.check_inputs(input_ids, pixel_values, attention_mask)
     (B, T), device, context = input_ids.shape, input_ids.device, model.config.context_length
@@ -327,21 +329,28 @@ None,
     if attention_mask is not None and attention_mask.all():
         attention_mask = None                      # no pads: attention needs no mask
     cache = KVCache(model.config) if kv_cache is None else kv_cache
-    cache.reserve(B, T + max_new_tokens, model.language_model.output.weight.dtype, device)
+    dtype = model.language_model.output.weight.dtype
+    cache.reserve(B, T + max_new_tokens, dtype, device)
     logits = prefill(model, input_ids, pixel_values, attention_mask, cache, chunk)
 
-    image_token = model.config.img_context_token_id
-    forbidden = torch.tensor([] if image_token is None else [image_token], dtype=torch.int64, device=device)
+    image_token, V = model.config.img_context_token_id, model.config.vocab_size
+    forbidden = list(range(V if num_tokens is None else num_tokens, V))
+    forbidden += [] if image_token is None else [image_token]
+    forbidden = torch.tensor(forbidden, dtype=torch.int64, device=device)
     seeds = [seed + row for row in range(B)] if isinstance(seed, int) else seed or []
     generators = [torch.Generator(device).manual_seed(s) for s in seeds] or [None] * B
-    generated = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+    generated = torch.zeros(B, V, dtype=torch.bool, device=device)
     running = list(range(B))                       # the prompt's row that each row of the cache belongs to
     ended, last = set(), [0] * B                   # rows of the prompt, and the token that each yielded last
     for count in range(1, max_new_tokens + 1):
         token = sample_token(logits.index_fill(1, forbidden, -torch.inf), generated, temperature, top_k,
         top_p,
                              repetition_penalty, [generators[row] for row in running])
+        token = token.masked_fill(logits.isnan().any(-1), -1)
         for row, t in zip(running, token.tolist(), strict=True):           # the one sync of a step
+            if t < 0:
+                raise InputError(f"the logits are NaN in {str(dtype).removeprefix('torch.')}: numbers overflow, or "
+                                 "the weights are damaged; try --dtype bfloat16 or float32")
             last[row] = ends[0] if row in ended else t
         yield torch.tensor(last)
         ended |= {row for row in running if last[row] in ends}

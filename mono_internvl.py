@@ -599,11 +599,13 @@ class MonoInternVL(nn.Module):
 
     @classmethod
     def from_llm(cls, folder: str | Path, config: MonoInternVLConfig | None = None,
-                 dtype: torch.dtype | None = torch.float32, device="cpu") -> "MonoInternVL":
+                 dtype: torch.dtype | None = torch.float32, device="cpu",
+                 num_tokens: int | None = None) -> "MonoInternVL":
         """An InternLM2 or Llama-layout folder -> a model that has yet to learn to see: visual experts copy
         the text experts [v1], the vision embedding and mlp1 are random. config (default: 1.5 with the LLM's
         sizes) may have a larger vocabulary; the new rows (image tokens) start as the mean of the old ones
-        [repo]. dtype None: as the files have it. Raises InputError like from_pretrained.
+        [repo]. num_tokens: the size of the LLM's tokenizer. Rows beyond it are padding, and count as new.
+        dtype None: as the files have it. Raises InputError like from_pretrained.
         """
         sizes = MonoInternVLConfig.from_llm(folder, attn_experts="qkvo")
         config = config or sizes
@@ -612,7 +614,7 @@ class MonoInternVL(nn.Module):
             if getattr(config, name) != getattr(sizes, name):
                 raise InputError(f"{folder} has {name} = {getattr(sizes, name)}, "
                                  f"the config {getattr(config, name)}")
-        tensors = checkpoint.read_llm_tensors(folder, config, dtype, device)
+        tensors = checkpoint.read_llm_tensors(folder, config, dtype, device, num_tokens)
         with torch.device("meta"):
             model = cls(config)
         tensors |= {name: tensors[text].clone() for name in model.state_dict() if "_ve." in name
