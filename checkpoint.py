@@ -246,8 +246,8 @@ def _from_llama(tensors: dict[str, Tensor], c, folder) -> dict[str, Tensor]:
 def read_llm_tensors(folder: str | Path, c, dtype: torch.dtype | None, device,
                      num_tokens: int | None = None) -> dict[str, Tensor]:
     """The tensors of an InternLM2 or Llama-layout folder under their names in MonoInternVL. c: the config of
-    the model to be. num_tokens: the size of the LLM's own tokenizer, if its vocabulary is padded with rows that
-    mean nothing. Rows beyond the real ones start as the mean of the real ones [repo]."""
+    the model to be. num_tokens: the size of the LLM's own tokenizer, if its vocabulary is padded with rows
+    that mean nothing. Rows beyond the real ones start as the mean of the real ones [repo]."""
     tensors = read_tensors(folder, dtype, device)
     if "model.embed_tokens.weight" in tensors:
         tensors = _from_llama(tensors, c, folder)
@@ -356,12 +356,12 @@ def save_training(folder: Path, step: int, save_model: Callable[[Path], None], m
 
 def load_training(folder: Path, moments: dict[str, Tensor]) -> dict:
     """Fills the moments in place, restores the random numbers, and returns the state of this process."""
+    states = [read_json(path) for path in sorted(folder.glob("rank*.json"))]
     own = folder / f"rank{rank()}.json"
     state = read_json(own if own.exists() else folder / "rank0.json")
-    if state["processes"] != world_size():
-        raise InputError(f"{folder} was saved by {state['processes']} process(es), whose order of samples "
-                         f"{world_size()} cannot continue: start as many, or a new run from its weights, "
-                         f"with --init_from {folder}/model and another --out")
+    # With another number of processes, all continue where the slowest of the old ones was in the order.
+    state["restart_at"] = None if state["processes"] == world_size() else min(
+        s["batches"]["position"] for s in states)
     dcp.load(moments, no_dist=not dist.is_initialized(),
              storage_reader=dcp.HuggingFaceStorageReader(str(folder / "optimizer")))
     setters = [torch.set_rng_state] + [torch.cuda.set_rng_state] * torch.cuda.is_available()

@@ -610,6 +610,7 @@ class Batches:
         self.on_bad = on_bad or (lambda _, error: print("bad sample, left out:", error, file=sys.stderr))
         self.rng = random.Random(seed)             # shuffles batches on all ranks alike: like lengths meet
         self.seen, self.bad, self.packed_tokens, self.packed_room = 0, {}, 0, 0
+        self.start = 0                             # where this rank's share begins in the order of all ranks
         # Read, not given yet: the batches of a pool, one after the other, or, for packing, sorted by length.
         self.buffer: list[Buffered] = []
 
@@ -617,10 +618,15 @@ class Batches:
     def utilisation(self) -> float:
         return self.packed_tokens / max(1, self.packed_room)
 
+    @property
+    def position(self) -> int:
+        """The next sample's place in the order of all ranks, epochs one after the other."""
+        return self.start + self.seen * self.world_size + self.rank
+
     def indices(self) -> Iterator[int]:
         """This rank's share of the order, from the first sample on that was not read yet."""
         epoch = order = None
-        for position in itertools.count(self.seen * self.world_size + self.rank, self.world_size):
+        for position in itertools.count(self.position, self.world_size):
             if self.size and epoch != position // self.size:
                 epoch = position // self.size
                 order = np.arange(self.size, dtype=np.uint32 if self.size < 2 ** 32 else np.int64)
@@ -699,6 +705,7 @@ class Batches:
     def state_dict(self) -> dict:
         """The position in the order, as JSON. Samples in the buffer are saved by their index."""
         return {"settings": {name: getattr(self, name) for name in self.SETTINGS}, "seen": self.seen,
+                "start": self.start, "position": self.position,
                 "bad": list(self.bad.items()), "packed_tokens": self.packed_tokens,
                 "packed_room": self.packed_room, "rng": self.rng.getstate(),
                 "buffer": [{"number": b.number, "index": b.index, "tokens": b.tokens} for b in self.buffer]}
@@ -709,7 +716,7 @@ class Batches:
             if value != getattr(self, name):
                 raise InputError(f"the order of samples was saved with {name} = {value}, and now it is "
                                  f"{getattr(self, name)}: continue with the same value, or start a new run")
-        self.seen, self.bad = state["seen"], dict(state["bad"])
+        self.seen, self.start, self.bad = state["seen"], state["start"], dict(state["bad"])
         self.packed_tokens, self.packed_room = state["packed_tokens"], state["packed_room"]
         version, words, gauss = state["rng"]
         self.rng.setstate((version, tuple(words), gauss))

@@ -197,7 +197,8 @@ def batch_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) 
 
 
 def token_limit(c: MonoInternVLConfig, stage: Stage, flags: Flags) -> int:
-    return flags.max_tokens or stage.max_tokens or c.context_length
+    """The longest sample. No flag can raise it above the model's context."""
+    return min(flags.max_tokens or stage.max_tokens or c.context_length, c.context_length)
 
 
 def trainable_names(model: MonoInternVL, stage: Stage) -> set[str]:
@@ -451,6 +452,9 @@ def resume(folder: Path | None, model: MonoInternVL, optimizer: torch.optim.Adam
     state = checkpoint.load_training(folder, moments(model, optimizer))
     for of_parameter in optimizer.state.values():
         of_parameter["step"].fill_(state["step"])
+    if state["restart_at"] is not None:            # another number of processes: their buffers are not ours
+        batches.start, batches.bad = state["restart_at"], dict(state["batches"]["bad"])
+        return state["step"]
     problem = None
     try:
         batches.load_state_dict(state["batches"])  # reads samples again
@@ -529,6 +533,7 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path):
                          "run the stages before it, or name a folder with --init_from")
     if read_json(folder / "config.json").get("model_type") in ("internlm2", "llama"):
         tok = Tokenizer(folder)
+        num_tokens = len(tok)
         missing = [token for token in checkpoint.IMAGE_TOKENS if token not in tok.special_tokens]
         if missing:
             checkpoint.add_tokens(folder, out / "tokenizer", missing, len(tok))
@@ -538,13 +543,20 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path):
             eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
         config = replace(config, vocab_size=max(config.vocab_size, len(tok)),
                          img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
-        return config, tok, lambda: MonoInternVL.from_llm(folder, config, dtype=None)
+        return config, tok, lambda: MonoInternVL.from_llm(folder, config, dtype=None, num_tokens=num_tokens)
 
     def build() -> MonoInternVL:
         model = MonoInternVL.from_pretrained(folder, dtype=None)
         # EViP begins: the visual experts start as copies of the text experts.
         return model.copy_text_experts() if before.name == "S0" and not flags.init_from else model
-    return MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder), build
+    config, tok = MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder)
+    if (flags.recipe == "evip++") != bool(config.attn_experts):
+        kind, other = ("1.5", "evip++") if config.attn_experts else ("v1", "evip")
+        raise InputError(f"{folder} is a {kind} model (its attn_experts is {config.attn_experts!r}), --recipe is "
+                         f"{flags.recipe}: train it with --recipe {other}")
+    if len(tok) > config.vocab_size:
+        raise InputError(f"the tokenizer in {folder} has {len(tok)} tokens, the model knows {config.vocab_size}")
+    return config, tok, build
 
 
 # ---------------------------------------------------------------- the plan of a run
@@ -654,8 +666,7 @@ def choose_device(flags: Flags):
 def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: Flags):
     if not flags.data:
         return World(stage.name, tok, config, stage.max_tiles, flags.seed)
-    limit = flags.max_tokens or stage.max_tokens
-    return load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed)
+    return load_meta(flags.data, tok, config, stage.max_tiles, token_limit(config, stage, flags), flags.seed)
 
 
 def open_progress(out: Path, stage: Stage | None, record: dict, flags: Flags) -> Progress:
@@ -676,6 +687,8 @@ def run_stage(stage: Stage, start: tuple, out: Path, flags: Flags, progress: Pro
     folder = out / f"{stage.name}.partial"
     partial = checkpoint.newest_partial(folder)
     model = MonoInternVL.from_pretrained(partial / "model", dtype=None) if partial else build()
+    if stage.trainable != "text":                  # the tiles to ask with are the tiles it was trained with [repo]
+        model.config.max_dynamic_patch = max(stage.max_tiles, config.min_dynamic_patch)
     if not train_stage(model, load_data(stage, tok, config, flags), stage, flags, progress, tok, folder):
         say(f"stopped; {folder} is complete: the same command continues from there")
         return False
