@@ -433,7 +433,7 @@ class InternLM2(nn.Module):
         if kv_cache is not None:
             past, real = kv_cache.length, kv_cache.extend(B, T, attention_mask)
         positions, own_lengths, mask = positions_and_mask(T, past, real, document_ids, x.device)
-        longest = past + T if document_ids is None else int(own_lengths.max())
+        longest = past + T if document_ids is None else int((own_lengths * (document_ids > 0)).max())
         if longest > self.c.context_length:
             raise InputError(f"{longest} tokens do not fit the context of {self.c.context_length}; "
                              "shorten the text or use fewer tiles")
