@@ -645,7 +645,7 @@ class Batches:
 
     def next_sample(self, source) -> Buffered:
         """The next good sample. source: what `fetch` yields."""
-        for attempt in itertools.count(1):
+        while True:
             i, sample, error = next(source)
             self.seen += 1
             tokens = len(sample["input_ids"]) if sample else 0
@@ -658,8 +658,8 @@ class Batches:
                 self.on_bad(i, error)
                 if problem := too_many_bad(len(self.bad), self.seen, self.size or sys.maxsize, self.max_bad):
                     raise InputError(f"{problem}. The last: {error}")
-            if attempt == self.size:
-                raise InputError(f"{attempt} samples in a row are unreadable. The last: {self.bad[i]}")
+            if len(self.bad) == self.size:
+                raise InputError(f"all {self.size} samples are unreadable. The last: {error}")
 
     def next_batch(self, source) -> list[list[dict]]:
         """The next batch, a list of its samples for each row: one sample."""
