@@ -11,7 +11,6 @@ laid end to end, K -> M widths of a linear. Names with _ve belong to the visual 
 """
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -70,12 +69,14 @@ class MonoInternVLConfig:
         check_fields(self)
         for name, value in vars(self).items():
             least = 0 if name.endswith("token_id") else 1e-12
-            require(type(value) not in (int, float) or least <= value < math.inf, name, "a positive number")
+            most = 1000 if name == "num_hidden_layers" else 2 ** 31 if type(value) is int else 1e12
+            require(type(value) not in (int, float) or least <= value <= most, name,
+                    f"a positive number of at most {most:g}")
         require(self.attn_experts in ("", "qkv", "qkvo"), "attn_experts", "'', 'qkv' or 'qkvo'")
         scaling = {"type": "linear", "factor": 1.0} if self.rope_scaling is None else self.rope_scaling
         require(scaling.get("type") in ("linear", "dynamic") and type(scaling.get("factor")) in (int, float)
-                and 1 <= scaling["factor"] < math.inf, "rope_scaling",
-                'null or {"type": "linear" or "dynamic", "factor": a number >= 1}')
+                and 1 <= scaling["factor"] <= 1e6, "rope_scaling",
+                'null or {"type": "linear" or "dynamic", "factor": a number from 1 to 1e6}')
         for whole, part in (("hidden_size", "num_attention_heads"),
                             ("num_attention_heads", "num_key_value_heads"), ("image_size", "patch_size")):
             require(getattr(self, whole) % getattr(self, part) == 0, whole,
@@ -593,8 +594,7 @@ class MonoInternVL(nn.Module):
         config = MonoInternVLConfig.from_json(Path(folder) / "config.json")
         if config.img_context_token_id is None:    # official configs leave it to the tokenizer's files
             config = replace(config, img_context_token_id=checkpoint.read_img_context_token_id(folder))
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls._without_memory(config, folder)
         return model._assign(checkpoint.read_tensors(folder, dtype, device), folder)
 
     @classmethod
@@ -612,9 +612,8 @@ class MonoInternVL(nn.Module):
             if getattr(config, name) != getattr(sizes, name):
                 raise InputError(f"{folder} has {name} = {getattr(sizes, name)}, "
                                  f"the config {getattr(config, name)}")
-        tensors = checkpoint.read_llm_tensors(folder, config, dtype, device)
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls._without_memory(config, folder)
+        tensors = checkpoint.read_llm_tensors(folder, config, sizes.vocab_size, dtype, device)
         tensors |= {name: tensors[text].clone() for name in model.state_dict() if "_ve." in name
                     if (text := name.replace("_ve.", ".")) in tensors}
         # The random vision embedding and mlp1 come from a model that has almost no LLM.
@@ -623,6 +622,15 @@ class MonoInternVL(nn.Module):
         tensors |= {name: t.to(device, dtype) for name, t in seeing.state_dict().items()
                     if not name.startswith("language_model")}
         return model._assign(tensors, folder)
+
+    @classmethod
+    def _without_memory(cls, config: MonoInternVLConfig, source) -> "MonoInternVL":
+        """A model whose parameters have shapes, but no values yet."""
+        try:
+            with torch.device("meta"):
+                return cls(config)
+        except RuntimeError as e:                  # a product of sizes overflows
+            raise InputError(f"{source}: a model of its config's sizes cannot be built: {e}") from None
 
     def _assign(self, tensors: dict[str, Tensor], source) -> "MonoInternVL":
         checkpoint.check_tensors(tensors, {name: t.shape for name, t in self.state_dict().items()}, source)

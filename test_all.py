@@ -40,6 +40,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hypothesis import Phase, example, given, settings
@@ -1008,51 +1009,43 @@ def test_images_need_a_known_image_token_and_generation_needs_left_padding():
 
 # ---------------------------------------------------------------- checkpoints
 
-def tensors_of(folder):
-    return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_loading_saving_and_loading_an_official_checkpoint_is_bitwise(tmp_path):
-    source = OFFICIAL_TINY
-    original = load_file(source / "model.safetensors")
-    model = MonoInternVL.from_pretrained(source)
-    for max_shard_bytes, files in ((10 ** 9, 1), (100_000, None), (1, len(original)), (10 ** 9, 1)):
-        model.save_pretrained(tmp_path, max_shard_bytes)
-        written = {p.name for p in tmp_path.iterdir()}
-        shards = {name for name in written if name.endswith(".safetensors")}
-        index_file = {"model.safetensors.index.json"} if len(shards) > 1 else set()
-        assert written - shards == {"config.json"} | index_file
-        assert 1 < len(shards) < len(original) if files is None else len(shards) == files
-        if len(shards) > 1:
-            index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-            assert index["weight_map"] == {n: f for f in shards for n in load_file(tmp_path / f)}
+def test_an_official_checkpoint_survives_loading_and_saving_bitwise_in_shards_of_any_size(tmp_path):
+    original = load_file(OFFICIAL_TINY / "model.safetensors")
+    model = MonoInternVL.from_pretrained(OFFICIAL_TINY)
+    (tmp_path / "card.safetensors.txt").write_text("of another maker")     # saving leaves it alone
+    for limit in (10 ** 9, 100_000, 1, 10 ** 9):
+        model.save_pretrained(tmp_path, limit)
+        shards = {path.name: load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))}
+        sizes = [[t.nbytes for t in shard.values()] for shard in shards.values()]
+        assert all(sum(size) <= limit or len(size) == 1 for size in sizes)
+        assert all(sum(one) + sum(next_) > limit for one, next_ in itertools.pairwise(sizes))
+        assert len(shards) == {10 ** 9: 1, 1: len(original)}.get(limit, len(shards))
+        index = {"model.safetensors.index.json"} if len(shards) > 1 else set()
+        assert contents_of(tmp_path).keys() == {"config.json", "card.safetensors.txt", *shards} | index
+        for file in index:
+            assert json.loads((tmp_path / file).read_text()) == {
+                "metadata": {"total_size": sum(map(sum, sizes))},
+                "weight_map": {name: file for file, shard in shards.items() for name in shard}}
         again = MonoInternVL.from_pretrained(tmp_path)
-        assert again.config == model.config
-        for tensors in (tensors_of(tmp_path), again.state_dict()):
-            assert tensors.keys() == original.keys()
-            assert all(torch.equal(tensors[name], t) for name, t in original.items())
+        assert again.config == model.config and again.state_dict().keys() == original.keys()
+        assert all(torch.equal(again.state_dict()[name], t) for name, t in original.items())
 
 
-def test_a_save_that_fails_leaves_the_earlier_checkpoint_as_it_was(tmp_path, monkeypatch):
-    tiny(seed=0).save_pretrained(tmp_path, max_shard_bytes=20_000)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    calls = []
-
-    def disk_full(tensors, path, **options):
-        save_file(tensors, path, **options)
-        calls.append(path)
-        if len(calls) == 2:
-            raise OSError("no space left on device")
-    monkeypatch.setattr("checkpoint.save_file", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        tiny(seed=1).save_pretrained(tmp_path, max_shard_bytes=20_000)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_saving_leaves_files_of_other_makers_alone(tmp_path):
-    (tmp_path / "model_card.safetensors.txt").write_text("mine")
-    tiny().save_pretrained(tmp_path)
-    assert (tmp_path / "model_card.safetensors.txt").read_text() == "mine"
+def test_a_save_that_fails_leaves_the_earlier_checkpoint_and_no_half_one(tmp_path, monkeypatch):
+    def disk_full(source, target, **_):
+        target.write_bytes(b"half")
+        raise OSError("no space left on device")
+    tiny(seed=0).save_pretrained(tmp_path / "old", max_shard_bytes=20_000)
+    before = contents_of(tmp_path / "old")
+    for folder, module, function in (("old", checkpoint, "save_file"), ("new", os, "replace")):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+            patch.setattr(module, function, disk_full)
+            tiny(seed=1).save_pretrained(tmp_path / folder, max_shard_bytes=20_000)
+    assert contents_of(tmp_path / "old") == before and "config.json" not in contents_of(tmp_path / "new")
 
 
 def test_every_config_field_survives_the_official_nested_json(tmp_path):
@@ -1066,257 +1059,107 @@ def test_every_config_field_survives_the_official_nested_json(tmp_path):
     assert not [name for name, value in vars(config).items() if value == getattr(default, name)]
     (tmp_path / "config.json").write_text(config.to_json())
     assert MonoInternVLConfig.from_json(tmp_path / "config.json") == config
-    written = json.loads(config.to_json())
-    official = json.loads((OFFICIAL_TINY / "config.json").read_text())
+    written, official = json.loads(config.to_json()), json.loads((OFFICIAL_TINY / "config.json").read_text())
     assert written["llm_config"].keys() - official["llm_config"].keys() == {"attn_experts"}
     assert written["vision_config"].keys() == official["vision_config"].keys()
     assert written.keys() - official.keys() == {"img_context_token_id"}
 
 
-def test_fields_that_hugging_face_adds_to_a_config_do_not_disturb(tmp_path):
-    official = json.loads((OFFICIAL_TINY / "config.json").read_text())
-    official["llm_config"] |= {"torch_dtype": "bfloat16", "top_p": 1.0, "_name_or_path": "x"}
-    official |= {"auto_map": {"AutoModel": "x.Y"}, "transformers_version": None, "force_image_size": None}
-    (tmp_path / "config.json").write_text(json.dumps(official))
-    expected = MonoInternVLConfig.from_json(OFFICIAL_TINY / "config.json")
-    assert MonoInternVLConfig.from_json(tmp_path / "config.json") == expected
-
-
-def test_the_image_token_of_a_checkpoint_comes_from_its_tokenizer_files(tmp_path):
-    shutil.copytree(OFFICIAL_TINY, tmp_path, dirs_exist_ok=True)
-    assert MonoInternVL.from_pretrained(tmp_path).config.img_context_token_id is None
-    (tmp_path / "added_tokens.json").write_text('{"<img>": 118, "<IMG_CONTEXT>": 120}')
-    assert MonoInternVL.from_pretrained(tmp_path).config.img_context_token_id == 120
-    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"5": {"content": "<s>"}, '
-                                                    '"121": {"content": "<IMG_CONTEXT>"}}}')
-    assert MonoInternVL.from_pretrained(tmp_path).config.img_context_token_id == 120
-    (tmp_path / "added_tokens.json").unlink()
-    assert MonoInternVL.from_pretrained(tmp_path).config.img_context_token_id == 121
-    for other in ("{}", '{"added_tokens_decoder": []}', '{"added_tokens_decoder": {"5": 3}}'):
-        (tmp_path / "tokenizer_config.json").write_text(other)
-        assert MonoInternVL.from_pretrained(tmp_path).config.img_context_token_id is None
-    for bad in ('{"<IMG_CONTEXT>": 128}', '{"<IMG_CONTEXT>": "120"}', "[]"):
-        (tmp_path / "added_tokens.json").write_text(bad)
-        with pytest.raises(InputError, match="img_context_token_id|added_tokens.json"):
-            MonoInternVL.from_pretrained(tmp_path)
-
-
-def test_a_checkpoint_loads_in_half_precision_and_stays_close(golden):
-    model = MonoInternVL.from_pretrained(OFFICIAL_TINY, dtype=torch.bfloat16)
+def test_a_checkpoint_loads_in_half_precision_and_stays_close(golden, tmp_path):
+    MonoInternVL.from_pretrained(OFFICIAL_TINY, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = MonoInternVL.from_pretrained(tmp_path, dtype=None)             # as the files have it
     model.config.img_context_token_id = 120
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         logits, _ = model(golden["batch.input_ids"], golden["batch.pixel_values"])
     theirs = golden["batch.logits"]
-    assert logits.dtype == torch.bfloat16
+    assert {p.dtype for p in [logits, *model.parameters()]} == {torch.bfloat16}
     assert_close(logits.float(), theirs, rtol=0, atol=0.03 * theirs.abs().max().item())
 
 
-A_WEIGHT = "language_model.model.layers.1.feed_forward_ve.w3.weight"
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop(A_WEIGHT), f"{A_WEIGHT} is missing"),
-    (lambda t: t.update(surplus=torch.zeros(3)), "surplus has no place"),
-    (lambda t: t.update({A_WEIGHT: torch.zeros(32, 24)}), f"{A_WEIGHT} is .32, 24.*24, 32")])
-def test_a_missing_surplus_or_misshapen_tensor_is_named(tmp_path, change, message):
-    tiny().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=message):
-        MonoInternVL.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 200, -1])
-def test_a_truncated_weight_file_is_named(tmp_path, keep):
-    tiny().save_pretrained(tmp_path)
-    content = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(content[:keep])
-    with pytest.raises(InputError, match="model.safetensors is damaged or cut short"):
-        MonoInternVL.from_pretrained(tmp_path)
-
-
-def test_missing_files_and_broken_indexes_are_named(tmp_path):
-    model = tiny()
-    model.save_pretrained(tmp_path, max_shard_bytes=20_000)
-    index = tmp_path / "model.safetensors.index.json"
-    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
-    good, weights = index.read_text(), shard.read_bytes()
-    shard.unlink()
-    with pytest.raises(InputError, match=f"{shard.name} does not exist"):
-        MonoInternVL.from_pretrained(tmp_path)
-    shard.write_bytes(weights)
-    for broken in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}',
-                   '{"weight_map": {"a": "../a"}}', good.replace(shard.name, "/etc/passwd")):
-        index.write_text(broken)
-        with pytest.raises(InputError, match="index.json"):
-            MonoInternVL.from_pretrained(tmp_path)
-    index.unlink()
-    with pytest.raises(InputError, match="model.safetensors does not exist"):
-        MonoInternVL.from_pretrained(tmp_path)
-    with pytest.raises(InputError, match="config.json does not exist"):
-        MonoInternVL.from_pretrained(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("text", [
-    "", "{", "[1]", "null", "\ud83d", "[" * 50_000, "{}", '{"llm_config": [1]}'])
-def test_a_config_that_is_no_model_description_gets_one_line_naming_it(tmp_path, text):
-    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(InputError, match="config.json") as error:
-        MonoInternVL.from_pretrained(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("field, value", [
-    ("num_hidden_layers", "2"), ("num_hidden_layers", True), ("num_hidden_layers", 2.0),
-    ("num_hidden_layers", 0), ("hidden_size", -32), ("hidden_size", 30), ("num_key_value_heads", 3),
-    ("rms_norm_eps", None),
-    ("rms_norm_eps", math.nan), ("rope_theta", math.inf), ("attn_experts", "kv"), ("rope_scaling", [2]),
-    ("rope_scaling", {"type": "yarn", "factor": 2.0}), ("rope_scaling", {"type": "linear"}),
-    ("rope_scaling", {"type": "linear", "factor": True}), ("rope_scaling", ROPE["linear"] | {"factor": 0.5}),
-    ("bos_token_id", -1), ("patch_size", 3), ("downsample_ratio", 0.3), ("use_thumbnail", 1),
-    ("min_dynamic_patch", 13), ("img_context_token_id", 50), ("num_attention_heads", 16),
-    ("hidden_act", "gelu"), ("bias", True), ("tie_word_embeddings", True), ("ps_version", "v1"),
-    ("force_image_size", 8)])
-def test_a_config_field_that_does_not_fit_is_named(tmp_path, field, value):
-    config = tiny().config
-    official = json.loads(config.to_json())
-    path = checkpoint.CONFIG_PATHS.get(field, ("llm_config", field) if field in official["llm_config"] else (field,))
-    (official if len(path) == 1 else official[path[0]])[path[-1]] = value
-    (tmp_path / "config.json").write_text(json.dumps(official))
-    named = {"num_attention_heads": "hidden_size", "patch_size": "image_size"}.get(field, field)
-    with pytest.raises(InputError, match=f"config.json: .*{named}"):
-        MonoInternVLConfig.from_json(tmp_path / "config.json")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_state_of_a_training_run_comes_back_bitwise_and_only_the_newest_are_kept(tmp_path):
+    for step in (5, 20, 100):
+        moments = {"exp_avg.w": torch.randn(3, 4), "step.w": torch.tensor(float(step))}
+        checkpoint.save_training(tmp_path, step, Path.mkdir, moments, {"order": [step]}, keep=2)
+    random_numbers, newest = torch.rand(3), checkpoint.newest_partial(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000020", "step-0000100"]
+    restored = {name: torch.zeros_like(t) for name, t in moments.items()}
+    state = checkpoint.load_training(newest, restored)
+    assert (state["step"], state["order"]) == (100, [100]) and torch.equal(torch.rand(3), random_numbers)
+    assert all(torch.equal(restored[name], t) for name, t in moments.items())
+    [file] = (newest / "optimizer").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"^{newest}/optimizer is damaged or incomplete .*$"):
+        checkpoint.load_training(newest, restored)
 
 
 # ---------------------------------------------------------------- starting from a language model
 
-def write_llm(folder, **changes) -> dict:
-    """A random InternLM2 folder as its makers lay it out. Returns its weights."""
-    g = torch.Generator().manual_seed(1)
-    c = {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "vocab_size": 45,
-         "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2,
-         "rms_norm_eps": 1e-5, "bias": False, "rope_theta": 10000, "rope_scaling": ROPE["dynamic"],
-         "max_position_embeddings": 64, "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1,
-         "eos_token_id": 2, "pad_token_id": 2, **changes}
-    shapes = {"model.tok_embeddings.weight": (45, 32), "output.weight": (45, 32), "model.norm.weight": (32,)}
-    for i in range(2):
-        at = f"model.layers.{i}."
-        shapes |= {at + "attention.wqkv.weight": (64, 32), at + "attention.wo.weight": (32, 32),
-                   at + "feed_forward.w1.weight": (24, 32), at + "feed_forward.w3.weight": (24, 32),
-                   at + "feed_forward.w2.weight": (32, 24), at + "attention_norm.weight": (32,),
-                   at + "ffn_norm.weight": (32,)}
-    tensors = {name: torch.randn(shape, generator=g) * 0.25 for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(c))
-    return tensors
+LLAMA = GOLDEN / "llama_tiny"                      # with the logits that transformers computes
 
 
-def vl_config(**changes):
-    return MonoInternVLConfig(**{**dict(
-        vocab_size=45, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rope_theta=1e4, rope_scaling=ROPE["dynamic"], max_position_embeddings=64,
-        vision_hidden_size=6, patch_size=2, image_size=4), **changes})
+def write_llm(folder: Path, kind: str = "internlm2"):
+    """The same language model in another layout."""
+    weights, config = load_file(LLAMA / "model.safetensors"), json.loads((LLAMA / "config.json").read_text())
+    if kind == "internlm2":
+        model = MonoInternVL.from_llm(LLAMA)
+        weights = {name: t for name, t in model.language_model.state_dict().items() if "_ve." not in name}
+        config = json.loads(model.config.to_json())["llm_config"]
+    elif kind == "old llama":                      # as many key and value heads as query heads, no defaults
+        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+        for name in ("rope_parameters", "head_dim", "attention_bias", "mlp_bias", "num_key_value_heads"):
+            del config[name]
+        weights |= {name: t.unflatten(0, (2, 1, 8)).repeat(1, 2, 1, 1).flatten(0, 2)
+                    for name, t in weights.items() if re.search("[kv]_proj", name)}
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.parametrize("kind", ["llama", "old llama", "internlm2"])
 @pytest.mark.parametrize("attn_experts", ["", "qkv", "qkvo"])
-def test_a_model_made_from_an_llm_is_that_llm_on_text_and_on_embeddings_marked_visual(tmp_path, attn_experts):
-    tensors = write_llm(tmp_path)
-    config = vl_config(attn_experts=attn_experts)
-    model = MonoInternVL.from_llm(tmp_path, config)
-    w = {f"language_model.{name}": t.double() for name, t in tensors.items()}
-    ids = torch.randint(0, 45, (1, 9), generator=torch.Generator().manual_seed(0))
-    x = w["language_model.model.tok_embeddings.weight"][ids[0]]
-    expected = naive_logits(w, config, x, [False] * 9)
-    lm = model.language_model
+def test_a_model_made_from_an_llm_has_its_logits_and_copies_as_visual_experts(tmp_path, kind, attn_experts):
+    write_llm(tmp_path, kind)
+    model = MonoInternVL.from_llm(tmp_path, MonoInternVLConfig.from_llm(tmp_path, attn_experts=attn_experts))
+    golden, lm = load_file(LLAMA / "golden.safetensors"), model.language_model
+    ids, expected = golden["input_ids"], golden["logits"]
     with torch.no_grad():
-        assert_close(model(ids)[0][0].double(), expected, rtol=1e-5, atol=1e-5)
-        for visual in (torch.ones_like(ids), torch.arange(9)[None] % 2):
-            for backend in ("torch", "dense"):
-                hidden = lm(x.float()[None], Routing(visual == 1, None, backend))
-                assert_close(lm.output(hidden)[0].double(), expected, rtol=1e-5, atol=1e-5)
+        assert_close(model(ids)[0], expected, rtol=1e-5, atol=1e-5)
+        for visual in (torch.ones_like(ids), torch.arange(ids.numel()).view_as(ids) % 2):
+            hidden = lm(lm.model["tok_embeddings"](ids), Routing(visual == 1))
+            assert_close(lm.output(hidden), expected, rtol=1e-5, atol=1e-5)
+    for copied in (model, tiny(attn_experts).copy_text_experts()):
+        weights = dict(copied.named_parameters())
+        experts = {name: name.replace("_ve.", ".") for name in weights if "_ve." in name}
+        assert len(experts) == {"": 6, "qkv": 8, "qkvo": 10}[attn_experts]
+        for name, text in experts.items():
+            assert torch.equal(weights[name], weights[text])
+            assert weights[name].data_ptr() != weights[text].data_ptr()
 
 
-def test_visual_experts_made_from_an_llm_are_copies_that_share_no_memory(tmp_path):
-    write_llm(tmp_path)
-    weights = dict(MonoInternVL.from_llm(tmp_path).named_parameters())     # default: 1.5, sizes of the LLM
-    experts = [name for name in weights if "_ve." in name]
-    assert len(experts) == 2 * (3 + 2)
-    for name in experts:
-        text = weights[name.replace("_ve.", ".")]
-        assert torch.equal(weights[name], text) and weights[name].data_ptr() != text.data_ptr()
-
-
-def test_a_larger_vocabulary_starts_new_rows_at_the_mean_and_changes_no_old_logit(tmp_path):
-    tensors = write_llm(tmp_path)
-    small, large = (MonoInternVL.from_llm(tmp_path, vl_config(vocab_size=n)) for n in (45, 51))
-    for name in ("model.tok_embeddings.weight", "output.weight"):
-        weight = large.state_dict()[f"language_model.{name}"]
-        assert weight.shape == (51, 32) and torch.equal(weight[:45], tensors[name])
-        assert_close(weight[45:], tensors[name].mean(0).expand(6, -1))
-    ids = torch.arange(12)[None]
-    with torch.no_grad():
-        assert_close(large(ids)[0][..., :45], small(ids)[0])
-
-
-@pytest.mark.parametrize("config, message", [
-    (dict(hidden_size=64), "hidden_size = 32.*64"), (dict(num_hidden_layers=3), "num_hidden_layers = 2.*3"),
-    (dict(num_key_value_heads=4), "num_key_value_heads = 2.*4"), (dict(rope_theta=1e6), "rope_theta"),
-    (dict(rope_scaling=None), "rope_scaling = {'type': 'dynamic'"),
-    (dict(vocab_size=44), "language_model.model.tok_embeddings.weight|language_model.output.weight")])
-def test_an_llm_that_does_not_fit_the_config_is_refused_by_field_or_tensor(tmp_path, config, message):
-    write_llm(tmp_path)
-    with pytest.raises(InputError, match=message):
-        MonoInternVL.from_llm(tmp_path, vl_config(**config))
-
-
-def test_a_llama_folder_gives_the_logits_that_transformers_computes(tmp_path):
-    folder = GOLDEN / "llama_tiny"
-    golden = load_file(folder / "golden.safetensors")
-    model = MonoInternVL.from_llm(folder)
-    assert model.config.rope_theta == 5000 and model.config.num_key_value_heads == 2
-    lm = model.language_model
-    with torch.no_grad():
-        assert_close(model(golden["input_ids"])[0], golden["logits"], rtol=1e-5, atol=1e-5)
-        routing = Routing(torch.ones_like(golden["input_ids"]) == 1)       # the visual experts are copies
-        embeddings = lm.model["tok_embeddings"](golden["input_ids"])
-        assert_close(lm.output(lm(embeddings, routing)), golden["logits"], rtol=1e-5, atol=1e-5)
-    # older files name rope_theta beside the rest, leave out what is default, and may share embedding and head
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
-    del config["head_dim"], config["attention_bias"], config["mlp_bias"]
-    weights = load_file(folder / "model.safetensors")
-    tied = {n: t for n, t in weights.items() if n != "lm_head.weight"}
-    untied = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}
-    logits = []
-    for tensors, tie in ((tied, True), (untied, False)):
-        save_file(tensors, tmp_path / "model.safetensors")
-        (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tie}))
-        with torch.no_grad():
-            logits.append(MonoInternVL.from_llm(tmp_path, dtype=None)(golden["input_ids"])[0])
-    assert torch.equal(*logits) and not torch.equal(logits[0], golden["logits"])
-
-
-@pytest.mark.parametrize("change, message", [
-    (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}), "rope_scaling.*llama3"),
-    (dict(attention_bias=True), "attention_bias"), (dict(mlp_bias=True), "mlp_bias"),
-    (dict(head_dim=16), "head_dim is 16, supported is .* = 8"),
-    (dict(num_key_value_heads=4), "q_proj.weight or its k_proj")])
-def test_a_llama_beyond_the_architecture_is_refused_by_field_or_tensor(tmp_path, change, message):
-    config = json.loads((GOLDEN / "llama_tiny" / "config.json").read_text())
-    shutil.copy(GOLDEN / "llama_tiny" / "model.safetensors", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(InputError, match=message):
-        MonoInternVL.from_llm(tmp_path)
-
-
-@pytest.mark.parametrize("change", [dict(model_type="gpt2"), dict(hidden_act="gelu"), dict(bias=True)])
-def test_an_llm_of_another_architecture_is_refused(tmp_path, change):
-    write_llm(tmp_path, **change)
-    with pytest.raises(InputError, match=f"config.json: .*{next(iter(change))}"):
-        MonoInternVL.from_llm(tmp_path, vl_config())
+def test_a_tied_llama_gets_a_head_new_rows_at_the_mean_and_a_config_must_have_its_sizes(tmp_path):
+    write_llm(tmp_path, "old llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del weights["lm_head.weight"]                  # the embedding is the head as well
+    save_file(weights, tmp_path / "model.safetensors")
+    for rope, expected in (({"rope_scaling": ROPE["linear"]}, (5000, ROPE["linear"])),
+                           ({"rope_parameters": {"rope_theta": 500, "rope_type": "linear", "factor": 2.0}},
+                            (500, ROPE["linear"])), ({"rope_theta": None}, (10000, None))):    # Llama 1 and 2
+        (tmp_path / "config.json").write_text(json.dumps({**config, **rope, "tie_word_embeddings": True}))
+        c = MonoInternVLConfig.from_llm(tmp_path, vocab_size=51)
+        assert (c.rope_theta, c.rope_scaling) == expected
+    large, old = MonoInternVL.from_llm(tmp_path, c).language_model, weights["model.embed_tokens.weight"]
+    embedding, head = large.model["tok_embeddings"].weight, large.output.weight
+    assert torch.equal(embedding, head) and embedding.data_ptr() != head.data_ptr()
+    assert embedding.shape == (51, 32) and torch.equal(embedding[:48], old)
+    assert_close(embedding[48:], old.mean(0).expand(3, -1))
+    assert MonoInternVL.from_llm(tmp_path).config.attn_experts == "qkvo"   # without a config of ours
+    for field, value in (("hidden_size", 64), ("intermediate_size", 8), ("num_hidden_layers", 3),
+                         ("rms_norm_eps", 0.1), ("num_attention_heads", 8), ("num_key_value_heads", 2),
+                         ("rope_theta", 1e6), ("rope_scaling", ROPE["linear"]), ("vocab_size", 47)):
+        with pytest.raises(InputError, match=f"{field} = .*{value}|tok_embeddings.weight is .48, 32"):
+            MonoInternVL.from_llm(tmp_path, replace(c, **{field: value}))
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -1324,10 +1167,7 @@ def test_an_llm_of_another_architecture_is_refused(tmp_path, change):
 # "▁" is how sentencepiece writes a space: the one character that cannot come back
 PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"))
 SPOKEN = PLAIN.filter(lambda text: "<" not in text)
-
-
-def ask(question: str, *rest: str) -> list[dict]:
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate((question, *rest))]
+ask = data.turns
 
 
 @pytest.mark.parametrize("case", CASES["tokenize"], ids=lambda case: ascii(case["text"][:20]))
@@ -1337,21 +1177,27 @@ def test_text_has_the_official_token_ids_and_comes_back(case):
     assert TOK.decode(case["ids"], skip_special_tokens=False) == "<s>" + case["text"]
 
 
-def test_special_tokens_are_read_from_the_folder(tmp_path):
+def test_special_tokens_and_the_system_message_are_read_from_the_folder(tmp_path):
     assert CASES["special_tokens"].items() <= TOK.special_tokens.items()
     assert (len(TOK), TOK.bos_id, TOK.eos_id, TOK.pad_id) == (491, 1, 2, 2)
-    for source in ("added_tokens.json", "tokenizer_config.json"):                      # either file is enough
-        folder = tmp_path / source
-        folder.mkdir()
-        for name in ("tokenizer.model", source):
-            shutil.copy(OFFICIAL_DATA / name, folder)
-        assert Tokenizer(folder).special_tokens == TOK.special_tokens
-
-
-def test_of_two_special_tokens_that_start_alike_the_longer_is_meant(tmp_path):
     shutil.copy(OFFICIAL_DATA / "tokenizer.model", tmp_path)
-    (tmp_path / "added_tokens.json").write_text('{"<a": 480, "<a>": 481}')
-    assert Tokenizer(tmp_path).encode("<a<a>", bos=False) == [480, 481]
+    for source in ("added_tokens.json", "tokenizer_config.json"):                      # either file is enough
+        shutil.copy(OFFICIAL_DATA / source, tmp_path)
+        assert Tokenizer(tmp_path).special_tokens == TOK.special_tokens
+        assert checkpoint.read_img_context_token_id(tmp_path) == TOK.token_id("<IMG_CONTEXT>")
+        (tmp_path / source).unlink()
+    assert checkpoint.read_img_context_token_id(tmp_path) is None
+    (tmp_path / "added_tokens.json").write_text(
+        '{"<|im_end|>": 480, "<|im_start|>": 481, "<a": 482, "<a>": 483}')
+    for message in ("Look.", ""):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"system_message": message}))
+        tok = Tokenizer(tmp_path)
+        assert encode_conversation(tok, ask("hi"))[0] == TOK.encode(chat_prompt(ask("hi"), message))
+    assert tok.encode("<a<a>", bos=False) == [482, 483]                    # of two, the longer is meant
+    with pytest.raises(InputError, match=f"{tmp_path} has no token <IMG_CONTEXT>"):
+        encode_conversation(tok, ask("<image>"), [1])
+    with pytest.raises(InputError, match="491 tokens.* has no id 491"):
+        TOK.decode([491])
 
 
 @given(st.lists(st.one_of(PLAIN, st.sampled_from(sorted(TOK.special_tokens)))).map("".join))
@@ -1359,46 +1205,18 @@ def test_any_text_survives_encoding_and_decoding(text):
     assert TOK.decode(TOK.encode(text, bos=False), skip_special_tokens=False) == text
 
 
-@given(PLAIN)
-def test_streamed_text_is_the_text_with_no_character_broken_or_held_back(text):
-    stream, shown, fed = TextStream(TOK, skip_special_tokens=False), "", 0
+@given(PLAIN, st.lists(st.integers(0, len(TOK) - 1)))
+def test_a_stream_shows_each_character_once_it_is_complete_and_u_fffd_for_what_is_no_utf8(text, ids):
+    stream, shown, fed = TextStream(TOK, skip_special_tokens=False), "", b""
     for token in TOK.encode(text, bos=False):
-        shown += stream.push(token)
-        fed += len(TOK.bytes[token])
-        assert text.startswith(shown)                                      # so no U+FFFD but the text's own
-        assert fed - len(shown.encode()) < len((text[len(shown):] or "x")[0].encode())   # not even one more
+        shown, fed = shown + stream.push(token), fed + TOK.bytes[token]
+        assert shown == fed.decode(errors="ignore")
     assert shown == text and stream.flush() == ""
-
-
-@given(st.lists(st.integers(0, len(TOK) - 1)))
-def test_any_tokens_stream_to_what_utf8_makes_of_their_bytes(ids):
     pieces = [TOK.sp.id_to_piece(i) for i in ids if i not in TOK.special_tokens.values()]
     expected = b"".join(bytes.fromhex(p[3:5]) if re.fullmatch("<0x..>", p) else p.replace("▁", " ").encode()
                         for p in pieces).decode("utf-8", "replace")
     stream = TextStream(TOK)
     assert "".join([*map(stream.push, ids), stream.flush()]) == TOK.decode(ids) == expected
-
-
-def test_a_bad_tokenizer_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match=f"{tmp_path} has no tokenizer.model"):
-        Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes((OFFICIAL_DATA / "tokenizer.model").read_bytes()[:3000])
-    with pytest.raises(InputError, match=f"{tmp_path}/tokenizer.model is not a sentencepiece model"):
-        Tokenizer(tmp_path)
-    shutil.copy(OFFICIAL_DATA / "tokenizer.model", tmp_path)
-    for content, message in (("{", "not readable"), ('{"<img>": "x"}', "does not map"), ("[1]", "expected")):
-        (tmp_path / "added_tokens.json").write_text(content)
-        with pytest.raises(InputError, match=f"{tmp_path}.*{message}"):
-            Tokenizer(tmp_path)
-
-
-def test_what_the_tokenizer_cannot_express_is_an_error():
-    with pytest.raises(InputError, match=f"{OFFICIAL_DATA} has no token <video>"):
-        TOK.token_id("<video>")
-    with pytest.raises(InputError, match="491 tokens.* has no id 491"):
-        TOK.decode([491])
-    with pytest.raises(InputError, match="not valid Unicode"):
-        TOK.encode("\ud800")
 
 
 # ---------------------------------------------------------------- chat template and labels
@@ -1409,127 +1227,96 @@ def test_prompts_ids_and_labels_are_the_official_ones(case):
     assert chat_prompt(conversation) == case["prompt"]
     ids_and_labels = encode_conversation(TOK, conversation, case["tiles_per_image"], case["tokens_per_tile"])
     assert ids_and_labels == (case["input_ids"], case["labels"])
-
-
-def test_a_prompt_for_generation_ends_with_the_opened_turn():
     assert chat_prompt(ask("<image>\nhi")) == CASES["generation_prompt"]
 
 
-@given(st.lists(SPOKEN, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
-def test_only_answers_and_their_ends_are_learned_and_a_prompt_is_a_prefix_of_training(texts):
-    ids, labels = encode_conversation(TOK, ask(*texts))
+@given(turns=st.lists(st.lists(st.tuples(SPOKEN, st.integers(1, 3)), min_size=1, max_size=3), min_size=1,
+                      max_size=5),
+       system=st.sampled_from([None, "", "Look."]), tokens_per_tile=st.integers(1, 3))
+def test_answers_alone_are_learned_images_stand_at_their_marks_and_a_prompt_begins_the_training_ids(
+        turns, system, tokens_per_tile):
+    """A turn is drawn as pieces of text, between them marks of images that have so many tiles. What is
+    learned is shown between » and «."""
+    system_shown = TOK.system_message if system is None else system
+    shown = f"<s><|im_start|>system\n{system_shown}<|im_end|>" if system_shown else "<s>"
+    texts = ["<image>".join(text for text, _ in turn).strip() for turn in turns]
+    images = [tiles for turn in turns[::2] for _, tiles in turn[1:]]       # in an answer a mark is plain text
+    tiles, (start, end) = iter(images), "»«" if len(turns) % 2 == 0 else ("", "")      # or no last answer
+    for i, text in enumerate(texts):
+        if i % 2:
+            shown += f"{start}{text}<|im_end|>{end}"
+        else:
+            text = re.sub("<image>", lambda _: f"<img><IMG_CONTEXT>×{next(tiles) * tokens_per_tile}</img>",
+                          text)
+            shown += f"<|im_start|>user\n{text}<|im_end|><|im_start|>assistant\n"
+    options = images, tokens_per_tile, system
+    ids, labels = encode_conversation(TOK, ask(*[f" {text}\n" for text in texts]), *options)
+    sample = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": None}
+    assert data.batch_as_text(collate([sample]), TOK) == shown
     assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
-    learned = TOK.decode([label for label in labels if label != IGNORED], skip_special_tokens=False)
-    assert learned == "".join(answer.strip() + "<|im_end|>" for answer in texts[1::2])
-    prompt, ignored = encode_conversation(TOK, ask(*texts[:-1]))
-    assert ids[:len(prompt)] == prompt
-    assert set(ignored) == {IGNORED}
-
-
-def test_images_stand_where_their_marks_are_in_any_human_turn():
-    conversation = ask("a <image> b", "see <image>?", "<image><image>", "yes")
-    ids, _ = encode_conversation(TOK, conversation, tiles_per_image=[1, 2, 3], tokens_per_tile=4)
-    text = TOK.decode(ids, skip_special_tokens=False)
-    one, two, three = (f"<img>{'<IMG_CONTEXT>' * 4 * tiles}</img>" for tiles in (1, 2, 3))
-    assert f"user\na {one} b<|im_end|>" in text and f"user\n{two}{three}<|im_end|>" in text
-    assert "assistant\nsee <image>?<|im_end|>" in text                     # in an answer it is plain text
-
-
-@pytest.mark.parametrize("conversation, message", [
-    *((nothing, "expected a list of turns") for nothing in ([], None, {"from": "human", "value": "hi"})),
-    (["hi"], "turn 1 .* is from None"), (ask("hi") * 2, "turn 2 .* is from 'human', expected \"gpt\""),
-    ([{"from": "gpt", "value": "hi"}], "turn 1"), ([{"from": "system", "value": "hi"}], "from 'system'"),
-    ([{"from": "human"}], "value None"), ([{"from": "human", "value": 3}], "value 3, expected text"),
-    *((ask("hi", f"x{token}y"), f"turn 2 .* control token {re.escape(token)}") for token in data.RESERVED)])
-def test_a_malformed_conversation_is_refused_with_its_turn(conversation, message):
-    with pytest.raises(InputError, match=message):
-        encode_conversation(TOK, conversation)
-    with pytest.raises(InputError, match=message):
-        chat_prompt(conversation)
-
-
-@given(marks=st.integers(0, 3), images=st.integers(0, 3))
-def test_marks_and_images_must_match_and_the_error_has_both_numbers(marks, images):
-    conversation = ask("<image>" * marks, "ok")
-    if marks == images:
-        encode_conversation(TOK, conversation, [1] * images)
-    else:
-        with pytest.raises(InputError, match=f"has {marks} <image> marks for {images} images"):
-            encode_conversation(TOK, conversation, [1] * images)
-
-
-def test_a_tokenizer_without_image_tokens_takes_text_only(tmp_path):
-    shutil.copy(OFFICIAL_DATA / "tokenizer.model", tmp_path)
-    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 480, "<|im_start|>": 481}')
-    tok = Tokenizer(tmp_path)
-    assert encode_conversation(tok, ask("hi", "ho")) == encode_conversation(TOK, ask("hi", "ho"))
-    with pytest.raises(InputError, match="has no token <img>|has no token <IMG_CONTEXT>"):
-        encode_conversation(tok, ask("<image>", "ho"), [1])
-
-
-def test_a_tokenizer_folder_may_set_its_own_system_message_or_none(tmp_path):
-    shutil.copytree(OFFICIAL_DATA, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    for message in ("Look.", ""):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "system_message": message}))
-        ids, _ = encode_conversation(Tokenizer(tmp_path), ask("hi"))
-        assert ids == TOK.encode(chat_prompt(ask("hi"), system=message))
-    assert chat_prompt(ask("hi"), "") == "<|im_start|>user\nhi<|im_end|><|im_start|>assistant\n"
+    if len(turns) % 2 == 0:
+        prompt, _ = encode_conversation(TOK, ask(*texts[:-1]), *options)
+        assert ids[:len(prompt)] == prompt
 
 
 # ---------------------------------------------------------------- pictures
 
-@pytest.mark.parametrize("image_size", [28, 448])
-def test_tilings_are_the_official_ones(image_size, monkeypatch):
-    grids = []
+def test_tilings_are_the_official_ones(monkeypatch):
+    sizes = []
 
     def resize(image, size, resample):             # only the sizes matter here; the real thing takes seconds
-        grids.append((size[0] // image_size, size[1] // image_size))
+        sizes.append(size)
         return Image.new("RGB", size)
     monkeypatch.setattr(Image.Image, "resize", resize)
-    cases = [case for case in CASES["tiling"] if case["image_size"] == image_size]
-    assert len(cases) == (138 if image_size == 28 else 46)
-    for case in cases:
-        image = Image.new("RGB", (case["width"], case["height"]))
-        grids.clear()
-        with_thumbnail = tile_image(image, case["max_num"], image_size)
-        columns, rows = grids[0]
-        assert {tile.size for tile in with_thumbnail} == {(image_size, image_size)}
-        assert [columns, rows] == case.get("grid_columns_rows", [columns, rows])
-        assert columns * rows == case.get("tiles", columns * rows)
-        assert len(with_thumbnail) == case.get("tiles_with_thumbnail", columns * rows + (columns * rows > 1))
-        assert len(tile_image(image, case["max_num"], image_size, use_thumbnail=False)) == columns * rows
+    assert len(CASES["tiling"]) == 184
+    for case in CASES["tiling"]:
+        side, image = case["image_size"], Image.new("RGB", (case["width"], case["height"]))
+        with_thumbnail = len(tile_image(image, case["max_num"], side))
+        tiles = len(tile_image(image, case["max_num"], side, use_thumbnail=False))
+        grid = [length // side for length in sizes[-1]]
+        assert grid == case.get("grid_columns_rows", grid) and tiles == math.prod(grid)
+        assert tiles == case.get("tiles", tiles)
+        assert with_thumbnail == case.get("tiles_with_thumbnail", tiles + (tiles > 1))
 
 
-def test_pixels_are_the_official_ones():
+@given(st.integers(1, 40), st.integers(1, 40), st.tuples(st.integers(1, 9), st.integers(1, 9)),
+       st.integers(2, 6), st.booleans())
+def test_the_closest_grid_within_the_limits_is_cut_row_by_row_and_a_thumbnail_follows(
+        width, height, limits, size, thumbnail):
+    fewest, most = sorted(limits)
+    image = Image.frombytes("RGB", (width, height), random.Random(width).randbytes(3 * width * height))
+    grids = [(columns, n // columns) for n in range(fewest, most + 1) for columns in range(1, n + 1)
+             if n % columns == 0]
+    distortion = {grid: abs(width / height - grid[0] / grid[1]) for grid in grids}
+    closest = [grid for grid in grids if distortion[grid] == min(distortion.values())]
+    filled = [grid for grid in closest if width * height > grid[0] * grid[1] * size ** 2 / 2]
+    columns, rows = (filled or closest[:1])[-1]
+    resized = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
+    expected = [resized.crop((x * size, y * size, x * size + size, y * size + size))
+                for y in range(rows) for x in range(columns)]
+    if thumbnail and columns * rows > 1:
+        expected.append(image.resize((size, size), Image.Resampling.BICUBIC))
+    found = tile_image(image, most, size, thumbnail, fewest)
+    assert [tile.tobytes() for tile in found] == [tile.tobytes() for tile in expected]
+
+
+def test_pixels_are_the_official_ones(tmp_path):
     case, expected = CASES["picture"], load_file(OFFICIAL_DATA / "picture_pixels.safetensors")["pixel_values"]
     pixels = load_image(OFFICIAL_DATA / case["file"], case["max_num"], case["image_size"])
     assert pixels.dtype == torch.float32 and len(pixels) == case["n_tiles"]
     # Below 4, float16 rounds by at most 2**-10; one grey level is 1 / 255 / 0.229 = 0.017: no pixel differs.
     assert_close(pixels, expected.float(), atol=2 ** -10, rtol=0)
-    assert torch.equal(pixels, load_image(Image.open(PICTURE), 6, 56))
-
-
-def test_tiles_come_row_by_row_and_the_thumbnail_last():
-    image, colours = Image.new("RGB", (56, 84)), [(40 * i, 0, 255) for i in range(6)]
-    for i, colour in enumerate(colours):
-        image.paste(colour, (i % 2 * 28, i // 2 * 28, i % 2 * 28 + 28, i // 2 * 28 + 28))
-    *tiles, thumbnail = tile_image(image, max_tiles=6, image_size=28)
-    assert [tile.getpixel((14, 14)) for tile in tiles] == colours
-    assert thumbnail.getpixel((2, 2)) == colours[0] and thumbnail.getpixel((25, 25)) == colours[5]
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"])
-def test_pictures_of_any_mode_are_read_as_convert_rgb_reads_them(mode):
-    image = Image.open(PICTURE).convert("L" if mode in ("I;16", "I", "F") else "RGB").convert(mode)
-    assert torch.equal(load_image(image, 6, 56), load_image(image.convert("RGB"), 6, 56))
-
-
-def test_exif_rotation_is_ignored_like_in_the_official_code(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                               # orientation: turn by 90 degrees
+    exif[0x0112] = 6                               # turn by 90 degrees: ignored as in the official code
     Image.open(PICTURE).save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(load_image(tmp_path / "turned.png", 6, 56), load_image(PICTURE, 6, 56))
+    for image in (Image.open(PICTURE), tmp_path / "turned.png"):
+        assert torch.equal(pixels, load_image(image, 6, 56))
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I", "F"):
+        image = Image.open(PICTURE).convert("L" if mode in ("I;16", "I", "F") else "RGB").convert(mode)
+        assert torch.equal(load_image(image, 6, 56), load_image(image.convert("RGB"), 6, 56)), mode
+    for image, most, message in ((Image.new("RGB", (0, 5)), 1, "0 x 5 pixels"), (PICTURE, 0, "max_tiles 0")):
+        with pytest.raises(InputError, match=message):
+            load_image(image, most)
 
 
 def png(width: int, height: int) -> bytes:
@@ -1540,283 +1327,309 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT" + zlib.compress(b"")) + chunk(b"IEND")
 
 
-def write_bad_images(folder: Path) -> dict[str, str]:
-    """One file for each way to be bad; name -> what the error says."""
-    picture, jpeg = Path(PICTURE).read_bytes(), io.BytesIO()
-    Image.open(PICTURE).convert("RGB").save(jpeg, "JPEG")
-    contents = {"empty.png": b"", "text.png": b"hello", "cut.png": picture[:2000], "header.png": picture[:40],
-                "cut.jpg": jpeg.getvalue()[:1000], "flipped.png": picture[:200] + b"????" + picture[204:]}
-    bombs = {"large.png": png(10_000, 10_000), "huge.png": png(100_000, 100_000)}  # Pillow warns, refuses
-    for name, content in {**contents, **bombs}.items():
-        (folder / name).write_bytes(content)
-    (folder / "folder.png").mkdir()
-    return {**dict.fromkeys([*contents, "folder.png"], "is not a readable image"),
-            **dict.fromkeys(bombs, "DecompressionBomb|is 10000 x 10000 pixels"), "none.png": "does not exist"}
-
-
-@pytest.mark.parametrize("filter_", ["ignore", "error"])
-def test_a_bad_image_file_is_one_error_with_its_name_whatever_the_warning_filter(tmp_path, filter_):
-    limit = Image.MAX_IMAGE_PIXELS
-    with warnings.catch_warnings():
-        warnings.simplefilter(filter_, Image.DecompressionBombWarning)
-        filters = list(warnings.filters)
-        for name, message in write_bad_images(tmp_path).items():
-            with pytest.raises(InputError, match=f"{tmp_path / name} .*({message})"):
-                load_image(tmp_path / name)
-        assert (warnings.filters, Image.MAX_IMAGE_PIXELS) == (filters, limit)
-
-
-def test_an_empty_picture_or_no_tiles_are_errors():
-    with pytest.raises(InputError, match="0 x 5 pixels"):
-        load_image(Image.new("RGB", (0, 5)))
-    with pytest.raises(InputError, match="max_tiles 0"):
-        load_image(PICTURE, max_tiles=0)
-
-
-@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")     # pytest undid data.py's filter
-def test_threads_see_bombs_and_good_pictures_apart(tmp_path):
-    write_bad_images(tmp_path)
-
-    def kind(path):
-        try:
-            return load_image(path, 6, 56).shape[0]
-        except InputError:
-            return "bad"
-    with ThreadPoolExecutor(8) as pool:
-        kinds = list(pool.map(kind, [tmp_path / "large.png", PICTURE, tmp_path / "huge.png"] * 20))
-    assert kinds == ["bad", 3, "bad"] * 20
+def write_bad_images(folder: Path):
+    (folder / "cut.png").write_bytes(Path(PICTURE).read_bytes()[:2000])
+    (folder / "huge.png").write_bytes(png(100_000, 100_000))
 
 
 # ---------------------------------------------------------------- training samples from files
 
-def write_meta(folder: Path, datasets: dict[str, list], **entry) -> Path:
-    """meta.json, a JSONL file for each dataset (its lines: objects, or text as it is) and img/a.png."""
-    (folder / "img").mkdir(exist_ok=True)
+def write_meta(folder: Path, lines: list, **entry) -> Path:
+    """meta.json with a dataset "a", a.jsonl with its lines (objects, or text as it is), and img/a.png."""
+    (folder / "img").mkdir()
     shutil.copy(PICTURE, folder / "img/a.png")
-    for name, lines in datasets.items():
-        text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    entry = {"root": "img", "repeat_time": 1, **entry}
-    meta = {name: {"annotation": f"{name}.jsonl", **entry} for name in datasets}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    (folder / "meta.json").write_text(json.dumps({"a": {"annotation": "a.jsonl", "root": "img", **entry}}))
     return folder / "meta.json"
 
 
-def test_datasets_give_what_their_lines_say(tmp_path):
-    one, two, text = ask("<image>\nWhat?", "A car."), ask("<image> <image>", "Twice."), ask("你好", "hi")
-    meta = write_meta(tmp_path, {"pictures": [{"id": 7, "image": "a.png", "conversations": one},
-                                              {"id": 8, "image": ["a.png", "a.png"], "conversations": two}],
-                                 "texts": [{"id": "t", "conversations": text}, "", " ",
-                                           {"image": [], "conversations": text}]},
-                      max_dynamic_patch=3, data_augment=False)
-    samples = load_meta(meta, TOK, SMALL)
-    assert [samples[i]["id"] for i in range(len(samples))] == [7, 8, "t", f"{tmp_path}/texts.jsonl:4"]
-    # images of one sample share the budget: 3 tiles for one, 1 for each of two
-    for i, (turns, images, budget) in enumerate([(one, 1, 3), (two, 2, 1), (text, 0, 3), (text, 0, 3)]):
-        tiles = [load_image(PICTURE, budget, 56)] * images
+def write_shard(path: Path, files: dict[str, bytes], **options):
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.size = tarfile.REGTYPE if content else tarfile.DIRTYPE, len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def assert_same(ours: dict, theirs: dict):
+    for name, value in theirs.items():
+        same = torch.equal(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value
+        assert same, f"{name}: {ours[name]}, expected {value}"
+
+
+@pytest.mark.parametrize("shards", [None, tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("own_tiles, thumbnail, fewest", [(3, True, 1), (None, False, 4)])
+def test_a_dataset_gives_what_its_lines_or_shards_say(tmp_path, shards, own_tiles, thumbnail, fewest):
+    one, two, text = ask("<image>", "a car"), ask("<image> <image>", "Twice."), ask("你好", "hi")
+    meta = write_meta(tmp_path, [{"id": 7, "image": ["a.png", "b.png"], "conversations": two}, "", " ",
+                                 {"image": [], "conversations": text},
+                                 {"image": "b.png", "conversations": one}])
+    Image.open(PICTURE).resize((40, 90)).save(small := tmp_path / "img/b.png")
+    files, names = ["a.jsonl", "a.jsonl"], [7, f"{tmp_path}/a.jsonl:4", f"{tmp_path}/a.jsonl:5"]
+    if shards is not None:
+        line, _, _, other, _ = (tmp_path / "a.jsonl").read_bytes().split(b"\n")
+        long = "part/2" if shards == tarfile.USTAR_FORMAT else "long" * 80     # a header of several blocks
+        write_shard(tmp_path / "s-000.tar", {
+            "part": b"", f"{long}.0.png": Path(PICTURE).read_bytes(), f"{long}.json": line,
+            f"{long}.1.png": small.read_bytes(), f"{long}.txt": b"no"}, format=shards)
+        write_shard(tmp_path / "s-001.tar", {      # its first sample is called like the last one before it
+                    f"{long}.json": other, "0001.txt": b"a car", "0001.json": b"{}",
+                    "0001.png": small.read_bytes()}, format=shards)
+        files = ["s-{000..001}.tar", ["s-*.tar"]]
+        names = [7, f"{tmp_path}/s-001.tar: {long}", f"{tmp_path}/s-001.tar: 0001"]
+    own = {"max_dynamic_patch": own_tiles} if own_tiles else {}
+    meta.write_text(json.dumps({
+        "a": {"annotation": files[0], "root": "img", **own},
+        "b": {"annotation": files[1], "root": "img", "repeat_time": 2}}))
+    config = replace(SMALL, use_thumbnail=thumbnail, min_dynamic_patch=fewest)
+    samples = load_meta(meta, TOK, config, max_tiles=5)
+    assert len(samples) == 9
+    expected = [([PICTURE, small], two), ([], text), ([small], one)]
+    for i, (name, (pictures, turns)) in enumerate(zip(names * 3, expected * 3, strict=True)):
+        most = (own_tiles or 5 if i < 3 else 5) // max(1, len(pictures))   # the images share a budget
+        tiles = [load_image(picture, most, 56, thumbnail, min(fewest, most)) for picture in pictures]
         ids, labels = encode_conversation(TOK, turns, [len(t) for t in tiles], SMALL.tokens_per_tile)
-        assert (samples[i]["input_ids"].tolist(), samples[i]["labels"].tolist()) == (ids, labels)
-        pixels = samples[i]["pixel_values"]
-        assert torch.equal(pixels, torch.cat(tiles)) if images else pixels is None
-
-
-def test_repeat_time_repeats_and_a_fraction_is_a_seeded_subset(tmp_path):
-    write_meta(tmp_path, {"a": [{"id": i, "conversations": ask("a", "b")} for i in range(20)]})
-
-    def ids(repeat_time, seed=0):
-        samples = JsonlDataset(tmp_path / "a.jsonl", tmp_path, TOK, SMALL, repeat_time, seed=seed)
-        return [samples[i]["id"] for i in range(len(samples))]
-    assert ids(3) == list(range(20)) * 3
-    assert len(set(ids(0.3))) == len(ids(0.3)) == 6 and ids(0.3) == ids(0.3) != ids(0.3, seed=1)
-    assert ids(1.5)[:20] == list(range(20)) and len(set(ids(1.5)[20:])) == 10
-
-
-def test_datasets_in_one_meta_file_keep_their_own_repeat_time(tmp_path):
-    meta = write_meta(tmp_path, {name: [{"id": name, "conversations": ask("a", "b")}] * 4 for name in "xy"})
-    entries = json.loads(meta.read_text())
-    entries["x"]["repeat_time"], entries["y"]["repeat_time"] = 2, 0.5
-    meta.write_text(json.dumps(entries))
-    samples = load_meta(meta, TOK, SMALL)
-    assert [samples[i]["id"] for i in range(len(samples))] == list("xxxxxxxxyy")
-
-
-@pytest.mark.parametrize("line, message", [
-    ("{bad", "not JSON"), ("1" * 5000, "not JSON"), ("[" * 100_000, "not JSON"), ("[1]", "is not an object"),
-    ({"id": 1}, "expected a list of turns"), ({"conversations": ask("a")}, "no answer to learn"),
-    ({"conversations": ask("\ud800", "b")}, "not valid Unicode"),
-    ({"conversations": ask("a " * 600, "b")}, "tokens, the limit is 512"),
-    ({"image": 3, "conversations": ask("<image>", "b")}, "image is 3"),
-    ({"image": "a.png", "conversations": ask("a", "b")}, "0 <image> marks for 1 images"),
-    ({"image": "a.png", "conversations": ask("<image><image>", "b")}, "2 <image> marks for 1 images"),
-    ({"image": "none.png", "conversations": ask("<image>", "b")}, "none.png does not exist"),
-    ({"image": "nul\0.png", "conversations": ask("<image>", "b")}, "is no file name"),
-    ({"image": "../outside.png", "conversations": ask("<image>", "b")}, "leads out of the image folder"),
-    ({"image": PICTURE, "conversations": ask("<image>", "b")}, "leads out of the image folder"),
-    ({"image": "link.png", "conversations": ask("<image>", "b")}, "leads out of the image folder"),
-    ({"image": "linked/picture.png", "conversations": ask("<image>", "b")}, "leads out of the image folder")])
-def test_a_bad_line_is_named_by_file_and_number_and_the_others_still_load(tmp_path, line, message):
-    good = {"conversations": ask("a", "b")}
-    meta = write_meta(tmp_path, {"a": [good, "", line, good]})
-    shutil.copy(PICTURE, tmp_path / "outside.png")
-    os.symlink(PICTURE, tmp_path / "img/link.png")
-    os.symlink(OFFICIAL_DATA, tmp_path / "img/linked")
-    samples = load_meta(meta, TOK, SMALL)
-    with pytest.raises(InputError, match=f"{tmp_path}/a.jsonl:3: .*{message}"):
-        samples[1]
-    assert torch.equal(samples[0]["input_ids"], samples[2]["input_ids"])
-
-
-@pytest.mark.parametrize("entry, message", [
-    *(({"repeat_time": value}, "repeat_time .* expected a positive number") for value in (0, -1, "2", True)),
-    ({"repeat_time": 0.001}, "no samples"), ({"annotation": "none.jsonl"}, "none.jsonl is not readable"),
-    ({"root": "none"}, "image folder .*none"), ({"root": None}, "dataset a needs root"),
-    ({"max_dynamic_patch": 0}, "max_dynamic_patch"), ({"repeat": 2}, "unknown field repeat"),
-    ({"data_augment": "yes"}, "data_augment is 'yes', expected true or false"),
-    ({"annotation": []}, "needs root"), ({"annotation": "none-*.tar"}, "no file is called .*none-\\*.tar"),
-    ({"annotation": ["none.tar"]}, "none.tar is no complete, uncompressed .tar")])
-def test_a_bad_meta_file_is_refused_before_training(tmp_path, entry, message):
-    meta = write_meta(tmp_path, {"a": [{"conversations": ask("a", "b")}]}, **entry)
-    with pytest.raises(InputError, match=message):
-        load_meta(meta, TOK, SMALL)
-    for content in ("", "{}", "[]", '{"a": 3}'):
-        meta.write_text(content)
-        with pytest.raises(InputError, match=str(meta)):
-            load_meta(meta, TOK, SMALL)
+        assert_same(samples[i], {
+            "id": name, "task": "a" if i < 3 else "b", "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels), "pixel_values": torch.cat(tiles) if tiles else None})
+    (file := tmp_path / ("a.jsonl" if shards is None else "s-000.tar")).unlink()
+    with pytest.raises(InputError, match=f"{file} is not readable any more"):
+        samples[0]
 
 
 @law
-@given(st.lists(st.sampled_from(["\n", " ", "\r\n", "\t", "{}", "[1]"]), max_size=12).map("".join),
-       st.integers(1, 9))
-def test_line_numbers_and_offsets_do_not_depend_on_the_blocks_they_are_read_in(text, block):
-    dataset = JsonlDataset.__new__(JsonlDataset)
-    with tempfile.NamedTemporaryFile() as f:
-        f.write(text.encode())
-        f.flush()
-        dataset.annotation, dataset.BLOCK_SIZE = f.name, block
-        places = dataset.find_samples().tolist()
-    lines = text.encode().split(b"\n")
-    offsets = itertools.accumulate([0, *(len(line) + 1 for line in lines[:-1])])
-    assert places == [[i, at] for i, (line, at) in enumerate(zip(lines, offsets, strict=True), 1)
-                      if line.strip()]
+@given(st.lists(st.sampled_from(["\n", " ", "\r\n", "\t", "7", "[1]"]), max_size=12).map("".join),
+       st.integers(1, 9), st.sampled_from([1, 3, 0.3, 1.5, 2.25]))
+def test_each_line_is_a_sample_in_blocks_of_any_size_as_often_as_asked_for(text, block, times):
+    lines = {number: line.strip() for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+    whole, size, numbers = int(times), int(times) * len(lines) + round(times % 1 * len(lines)), []
+    assume(size)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JsonlDataset, "BLOCK_SIZE", block)
+        Path(folder, "a.jsonl").write_bytes(text.encode())
+        samples = JsonlDataset(f"{folder}/a.jsonl", folder, TOK, SMALL, times)
+        for i in range(len(samples)):
+            with pytest.raises(InputError) as error:                       # it says which line was read
+                samples[i]
+            _, number, what = str(error.value).split(":", 2)
+            numbers.append(int(number))
+            assert what.startswith((f" {lines[numbers[-1]]} is not", " not JSON"))
+    assert numbers[:whole * len(lines)] == [*lines] * whole and len(numbers) == size
+    assert {numbers.count(number) for number in lines} <= {whole, whole + 1}
 
 
-def test_a_large_file_is_indexed_in_blocks_and_not_held_in_memory(tmp_path):
-    """10 M lines open in seconds and in megabytes because no line becomes a Python object."""
-    n, line = 20_000, json.dumps({"conversations": ask("a" * 700, "b")}).encode()
-    (tmp_path / "a.jsonl").write_bytes(b"".join(b"%d %s\n" % (i, line) for i in range(n)))
-    tracemalloc.start()
-    try:
-        samples = JsonlDataset(tmp_path / "a.jsonl", tmp_path, TOK, SMALL)
-        held, peak = tracemalloc.get_traced_memory()
-        objects = sum(s.count for s in tracemalloc.take_snapshot().statistics("filename"))
-    finally:
-        tracemalloc.stop()
-    size = os.path.getsize(tmp_path / "a.jsonl")
-    assert len(samples) == n and held < 20 * n + 50_000 and peak < size / 2 and objects < 1000
-    with pytest.raises(InputError, match="a.jsonl:15001: not JSON"):
-        samples[15_000]
-
-
-def test_data_augment_is_jpeg_of_each_tile_drawn_by_seed_and_sample(tmp_path):
-    meta = write_meta(tmp_path, {"a": [{"image": "a.png", "conversations": ask("<image>", "b")}] * 8},
-                      data_augment=True)
-    drawn = [load_meta(meta, TOK, SMALL, seed=seed)[i]["pixel_values"]
-             for seed in (0, 0, 1) for i in range(8)]
-    assert all(torch.equal(a, b) for a, b in zip(drawn[:8], drawn[8:16], strict=True))
+def test_fractions_of_a_dataset_and_the_jpeg_of_data_augment_are_drawn_by_the_seed(tmp_path):
+    line = {"image": "a.png", "conversations": ask("<image>", "b")}
+    meta = write_meta(tmp_path, [{**line, "id": i} for i in range(16)], data_augment=True, repeat_time=0.5)
     quality_of = {}                                # pixels of a tile -> the quality of JPEG that gives them
     for tile, quality in itertools.product(tile_image(PICTURE, 6, 56), range(75, 101)):
         tile.save(file := io.BytesIO(), "JPEG", quality=quality)
         quality_of[load_image(Image.open(file), 1, 56).numpy().tobytes()] = quality
-    found = [[quality_of[tile.numpy().tobytes()] for tile in pixels] for pixels in drawn]
-    assert found[:8] != found[16:] and len(set(map(tuple, found[:8]))) > 4 and len({*sum(found, [])}) > 9
+    samples = [[load_meta(meta, TOK, SMALL, seed=seed)[i] for i in range(8)] for seed in (0, 0, 1)]
+    ids, again, other = ([s["id"] for s in eight] for eight in samples)
+    assert ids == again != other and max(ids) > 8
+    drawn, again, other = ([quality_of[tile.numpy().tobytes()] for s in eight for tile in s["pixel_values"]]
+                           for eight in samples)
+    assert drawn == again != other and len({*drawn}) > 9
 
 
-def write_shard(path: Path, files: dict[str, bytes], **options) -> Path:
-    with tarfile.open(path, "w", **options) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
-            member.size = len(content or b"")
-            tar.addfile(member, io.BytesIO(content or b""))
-    return path
+# ---------------------------------------------------------------- wrong and damaged files
+
+SHARD, SAMPLE_FILES = "model-00001-of-00002.safetensors", ["meta.json", "a.jsonl", "img/a.png", "s.tar"]
+FILES = ["config.json", "model.safetensors.index.json", SHARD, "tokenizer.model", "added_tokens.json",
+         "tokenizer_config.json", "llama/config.json", "llama/model.safetensors", *SAMPLE_FILES]
 
 
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_shards_give_what_the_same_lines_give(format, tmp_path):
-    picture, small = Path(PICTURE).read_bytes(), io.BytesIO()
-    Image.open(PICTURE).resize((40, 90)).save(small, "PNG")
-    lines = [{"id": 5, "image": "a.png", "conversations": ask("<image>\nWhat?", "A car.")},
-             {"id": "two", "image": ["a.png", "b.png"], "conversations": ask("<image> <image>", "Twice.")},
-             {"id": "t", "conversations": ask("hi", "ho")},
-             {"id": "c", "image": "b.png", "conversations": ask("<image>", "a small car")}]
-    meta = write_meta(tmp_path, {"lines": lines})
-    (tmp_path / "img/b.png").write_bytes(small.getvalue())
-    expected = load_meta(meta, TOK, SMALL)
-    long = "" if format == tarfile.USTAR_FORMAT else "long" * 80           # a header of several blocks
-    write_shard(tmp_path / "s-000.tar", {
-        "part": None, "part/0001.png": picture, "part/0001.json": json.dumps(lines[0]).encode(),
-        f"part/{long}2.json": json.dumps(lines[1]).encode(), f"part/{long}2.0.png": picture,
-        f"part/{long}2.1.png": small.getvalue()}, format=format)
-    write_shard(tmp_path / "s-001.tar", {
-        f"part/{long}2.json": json.dumps(lines[2]).encode(), "0001.txt": b"a small car",
-        "0001.json": b'{"width": 40}', "0001.png": small.getvalue()}, format=format)
-    for annotation in ("s-{000..001}.tar", "s-*.tar", ["s-000.tar", "s-001.tar"]):
-        meta.write_text(json.dumps({"s": {"annotation": annotation, "repeat_time": 1.5}}))
-        samples = load_meta(meta, TOK, SMALL)
-        assert len(samples) == 6
-        for i, caption_id in enumerate([None, None, None, f"{tmp_path}/s-001.tar: 0001"]):
-            ours, theirs = samples[i], expected[i]
-            assert ours["id"] == (caption_id or theirs["id"])
-            assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
-            assert ours["labels"].tolist() == theirs["labels"].tolist()
-            if theirs["pixel_values"] is None:
-                assert ours["pixel_values"] is None
-            else:
-                assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+@pytest.fixture(scope="module")
+def good_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    shutil.copytree(OFFICIAL_DATA, folder, dirs_exist_ok=True)
+    tiny(vocab_size=len(TOK), img_context_token_id=None).save_pretrained(folder, max_shard_bytes=200_000)
+    shutil.copytree(LLAMA, folder / "llama", ignore=lambda *_: ["golden.safetensors"])
+    lines = [{"id": 1, "image": "a.png", "conversations": ask("<image>", "b", "c", "d")},
+             {"conversations": ask("a", "b")}]
+    write_meta(folder, lines, repeat_time=1, max_dynamic_patch=3, data_augment=False)
+    write_shard(folder / "s.tar", {"1.txt": b"a car", "1.png": Path(PICTURE).read_bytes(),
+                                   "2.json": json.dumps(lines[1]).encode()})
+    os.symlink(PICTURE, folder / "img/link.png")
+    return folder
 
 
-def test_a_cut_or_packed_shard_is_refused_and_a_bad_sample_in_one_is_named(tmp_path):
-    good = {"1.txt": b"a car", "1.png": Path(PICTURE).read_bytes()}
-    shard = write_shard(tmp_path / "a.tar", {**good, "2.png": good["1.png"], "3.txt": b"a",
-                                             "3.png": b"no", "4.txt": b"\xff", "4.png": good["1.png"],
-                                             "5.json": b"{"})
-    samples = data.TarDataset([str(shard)], TOK, SMALL)
-    assert len(samples) == 5 and len(samples[0]["pixel_values"]) == 3
-    for i, message in ((1, "a.tar: 2: not JSON"), (2, "a.tar: 3: .* not a readable image"),
-                       (3, "a.tar: 4: .* not valid Unicode"), (4, "a.tar: 5: not JSON")):
-        with pytest.raises(InputError, match=message):
-            samples[i]
-    content = shard.read_bytes()
-    end = len(content.rstrip(b"\0"))
-    for size in (0, 100, 512, 700, 1024, 1030, 20_000, end - end % 512, end - end % 512 + 512):
-        shard.write_bytes(content[:size])
-        with pytest.raises(InputError, match="a.tar is no complete, uncompressed .tar"):
-            data.TarDataset([str(shard)], TOK, SMALL)
-    for size in (100, 2000):
-        shard.write_bytes(content[:size])
-        with pytest.raises(InputError, match="a.tar is not readable any more"):
-            samples[0]
-    shard.write_bytes(gzip.compress(content))
-    with pytest.raises(InputError, match="a.tar is no complete, uncompressed .tar"):
-        data.TarDataset([str(shard)], TOK, SMALL)
+def error_of(folder: Path, file: str, content: bytes | None) -> str | None:
+    """What is said if one of FILES has this content (None: if it is missing), or None if all loads."""
+    original = (folder / file).read_bytes()
+    try:
+        (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+        if file in SAMPLE_FILES:
+            samples = (data.TarDataset([f"{folder}/s.tar"], TOK, SMALL) if file == "s.tar" else
+                       load_meta(folder / "meta.json", TOK, SMALL))
+            for i in reversed(range(len(samples))):                        # a bad first one leaves the others
+                samples[i]
+        elif file.startswith("llama"):
+            MonoInternVL.from_llm(folder / "llama", dtype=None)
+        else:
+            Tokenizer(folder), MonoInternVL.from_pretrained(folder, dtype=None)
+    except InputError as e:
+        assert "\n" not in str(e)
+        return str(e)
+    finally:
+        (folder / file).write_bytes(original)
+
+
+# For each file, what is wrong and what is said. Wrong is a field's value (without a message, the field is
+# named), a whole content (None: the file is missing), or what a function does to the tensors.
+WRONG = {
+    "config.json": [
+        *(("num_hidden_layers", value) for value in ("2", True, 2.0, 10 ** 6)), ("hidden_size", 0),
+        ("hidden_size", 30), ("num_key_value_heads", 3), ("rms_norm_eps", None), ("rms_norm_eps", math.nan),
+        ("rope_theta", math.inf), ("rope_theta", 10 ** 400), ("attn_experts", "kv"),
+        ("rope_scaling", [2]), ("rope_scaling", {"type": "yarn", "factor": 2.0}), ("bos_token_id", -1),
+        ("rope_scaling", {"type": "linear"}), ("rope_scaling", {"type": "linear", "factor": True}),
+        ("rope_scaling", {"type": "linear", "factor": 0.5}), ("downsample_ratio", 0.3), ("use_thumbnail", 1),
+        ("min_dynamic_patch", 13), ("img_context_token_id", len(TOK)), ("bias", True), ("hidden_act", "gelu"),
+        ("tie_word_embeddings", True), ("ps_version", "v1"), ("force_image_size", 8),
+        ("num_attention_heads", 16, "hidden_size"), ("patch_size", 3, "image_size"),
+        ("hidden_size", 2 ** 31, "sizes cannot be built"), (None, "does not exist; expected a checkpoint"),
+        *((text, "is not readable JSON") for text in (b"", b"{", b"\xed\xa0", b"[" * 50_000)),
+        (b"[1]", "holds a JSON list, expected an object"), (b"{}", "no field llm_config.vocab_size"),
+        (b'{"llm_config": [1]}', "no field llm_config.vocab_size")],
+    "model.safetensors.index.json": [
+        (None, "model.safetensors does not exist"),
+        *(("weight_map", value) for value in (None, [], {"a": 3}, {"a": "../a"}, {"a": "/etc/passwd"}))],
+    SHARD: [
+        (None, f"{SHARD} does not exist"), (lambda t: t.pop("mlp1.1.bias"), "tensor mlp1.1.bias is missing"),
+        (lambda t: t.update(surplus=torch.zeros(3)), "tensor surplus has no place"),
+        (lambda t: t.update({"mlp1.1.bias": torch.zeros(3)}), "mlp1.1.bias is .3,., the config says .32,"),
+        (lambda t: t.update({"mlp1.1.bias": torch.zeros(32).int()}), "is torch.int32, expected floating")],
+    "tokenizer.model": [(None, "has no tokenizer.model"), (b"no", "is not a sentencepiece model")],
+    "added_tokens.json": [*(("<IMG_CONTEXT>", i, "does not map tokens to ids") for i in ("x", math.inf)),
+                          ("<IMG_CONTEXT>", 500, "img_context_token_id is 500")],
+    "tokenizer_config.json": [("added_tokens_decoder", {"5": {"content": 3}}, "does not map tokens to ids")],
+    "llama/config.json": [
+        ("rope_type", "llama3", "rope_scaling.*llama3"), ("rope_parameters", [2]), ("attention_bias", True),
+        ("mlp_bias", True), ("bias", True), ("hidden_act", "gelu"), ("model_type", "gpt2"),
+        ("head_dim", 16, "head_dim is 16, supported is .* = 8"), (None, "does not exist; expected an LLM"),
+        ("num_key_value_heads", 4, "q_proj.weight or its k_proj"), ("vocab_size", 2 ** 31, "is .48, 32"),
+        (b'{"model_type": "internlm2", "tie_word_embeddings": true}', "tie_word_embeddings is True")],
+    "meta.json": [
+        *(("repeat_time", value, "repeat_time of .* expected a positive") for value in (0, "2", True, 1e308)),
+        ("repeat_time", 0.001, "no samples"), ("annotation", "none", "none is not readable: No such"),
+        ("annotation", "\0", "is not readable"), ("root", "none", "image folder .*none of .* does not exist"),
+        *((field, value, "dataset a needs root")
+          for field, value in (("root", None), ("annotation", []), ("a", 3))),
+        ("annotation", ["none.tar"], "none.tar is no complete, uncompressed .tar"),
+        ("annotation", "none-*.tar", "no file is called .*none"), ("annotation", "\0*.tar", "is no complete"),
+        ("max_dynamic_patch", 0), ("max_dynamic_patch", True), ("data_augment", "yes"),
+        ("a", {"root": "img", "annotation": "a.jsonl", "repeat": 2}, "dataset a has the unknown field"),
+        (b"{}", "meta.json: expected")],
+    "a.jsonl": [
+        *(("conversations", value, "expected a list of turns") for value in ([], None, {"from": "human"})),
+        ("conversations", ["hi"], "turn 1 .* is from None, expected \"human\""),
+        ("conversations", ask("hi") * 2, "turn 2 .* is from 'human', expected \"gpt\""),
+        ("conversations", [{"from": "human", "value": 3}], "value 3, expected text"),
+        *(("conversations", ask("hi", f"x{token}y"), f"turn 2 .* control token {re.escape(token)}")
+          for token in ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")),
+        ("conversations", ask("<image>"), "no answer to learn"),
+        ("conversations", ask("<image>\ud800", "b"), "not valid Unicode"),
+        ("conversations", ask("<image>" + "a " * 500, "b"), "tokens, the limit is 512"),
+        ("conversations", ask("a", "b"), "has 0 <image> marks for 1 images"),
+        ("image", 3, "image is 3"), ("image", [None], "image is"), ("image", "no.png", "png does not exist"),
+        ("image", "nul\0.png", "is no file name"), ("image", ".", "is not a readable image"),
+        *(("image", file, "leads out of the image folder") for file in ("../a.jsonl", PICTURE, "link.png")),
+        *((line, "a.jsonl:1: not JSON") for line in (b"{bad", b"1" * 5000, b"[" * 100_000)),
+        (b"[1]", "a.jsonl:1: .* is not an object")],
+    "img/a.png": [(content, f"a.jsonl:1: .*a.png is {message}") for content, message in (
+        (b"hello", "not a readable image"), (png(10_000, 10_000), "(10000 x 10000|.*DecompressionBomb)"),
+        (png(100_000, 100_000), "not a readable image: DecompressionBombError"))],
+    "s.tar": [(gzip.compress(b""), "s.tar is no complete, uncompressed .tar")]}
+
+
+@pytest.mark.parametrize("file, wrong", [(file, wrong) for file in WRONG for wrong in WRONG[file]])
+def test_what_is_wrong_with_a_file_is_said_in_one_line(good_files, file, wrong):
+    change, content = wrong[0], (good_files / file).read_bytes()
+    message = change if isinstance(change, str) and len(wrong) == 2 else wrong[-1]
+    if isinstance(change, str):
+        document, end = json.JSONDecoder().raw_decode(content.decode())
+        nodes = [document, *(node for node in document.values() if isinstance(node, dict))]
+        next((node for node in nodes if change in node), document)[change] = wrong[1]
+        change = json.dumps(document).encode() + content[end:]
+    elif callable(change):
+        change(tensors := safetensors.torch.load(content))
+        change = safetensors.torch.save(tensors)
+    error = error_of(good_files, file, change)
+    assert error and re.search(message, error), error
+
+
+# What no field expects: more than an int64, a float or the memory can hold, names that no file can have.
+ODD = [10 ** 400, 2 ** 40, -1, 0.5, math.inf, math.nan, "\0", "\ud800", "a\nb", "..", "x" * 300, ["\0*.tar"],
+       "s-{0..2}.tar", {"content": 3}]
+WORDS = st.text(st.characters(exclude_characters="/"), max_size=4)
+ANY_JSON = st.sampled_from(ODD) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(WORDS, inner, max_size=2), max_leaves=4)
+
+
+def fields_of(document):
+    """(object or list, key or index) of every value within."""
+    for key, value in document.items() if isinstance(document, dict) else enumerate(document):
+        yield document, key
+        if isinstance(value, dict | list):
+            yield from fields_of(value)
+
+
+@pytest.mark.parametrize("file, damage", [
+    (file, damage) for file in FILES for damage in ("cut", "flip", "value")
+    if ".json" in file or damage != "value"])
+@settings(max_examples=30)
+@given(draw=st.data())
+def test_a_file_cut_or_damaged_or_with_any_json_value_loads_or_is_one_line_that_names_it(
+        good_files, file, damage, draw):
+    content = (good_files / file).read_bytes()
+    at = draw.draw(st.sampled_from(range(len(content))) | st.sampled_from(range(len(content))[:2000])
+                   | st.sampled_from(range(0, len(content), 512)))
+    change = content[:at]
+    if damage == "flip":
+        change += bytes([content[at] ^ draw.draw(st.integers(1, 255))]) + content[at + 1:]
+    elif damage == "value":
+        document, end = json.JSONDecoder().raw_decode(content.decode())
+        node, key = draw.draw(st.sampled_from(list(fields_of(document))))
+        node[key] = draw.draw(ANY_JSON)
+        change = json.dumps(document).encode() + content[end:]
+    error = error_of(good_files, file, change)
+    assert error is None or str(good_files) in error or "img_context_token_id" in error
+    if damage == "cut" and file.endswith((".json", ".safetensors", ".png")):
+        assert error or at == len(content) - 1     # a newline
+    if damage == "cut" and file == "s.tar":        # two blocks of zeros end a shard, one is enough
+        assert bool(error) == (at < 512 * -(-len(content.rstrip(b"\0")) // 512) + 512)
 
 
 # ---------------------------------------------------------------- collation and flags
 
-def test_batches_are_padded_on_the_side_asked_for_and_only_if_needed():
-    def row(n, tiles):
-        pixels = torch.full((tiles, 3, 2, 2), float(n)) if tiles else None
-        return {"input_ids": torch.arange(1, n + 1), "labels": torch.arange(1, n + 1), "pixel_values": pixels}
-    rows = [row(2, 1), row(4, 0), row(3, 2)]
-    right, left = collate(rows, pad_token_id=9), collate(rows, pad_token_id=9, left=True)
-    assert right["input_ids"].tolist() == [[1, 2, 9, 9], [1, 2, 3, 4], [1, 2, 3, 9]]
-    assert right["labels"].tolist() == [[1, 2, -100, -100], [1, 2, 3, 4], [1, 2, 3, -100]]
-    assert right["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
-    assert left["input_ids"].tolist() == [[9, 9, 1, 2], [1, 2, 3, 4], [9, 1, 2, 3]]
-    assert left["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]
-    assert right["pixel_values"][:, 0, 0, 0].tolist() == [2, 3, 3]         # all rows' tiles, in order
-    even = collate([row(2, 0), row(2, 0)])
-    assert even["attention_mask"] is None and even["pixel_values"] is None
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=4), st.booleans(),
+       st.booleans())
+def test_rows_are_packed_and_padded_on_the_side_asked_for_and_only_if_needed(sizes, left, packed):
+    samples = [{"input_ids": torch.arange(n) + 10, "labels": torch.arange(n) + 20,
+                "pixel_values": torch.full((tiles, 3, 2, 2), float(i)) if tiles else None}
+               for i, (n, tiles) in enumerate(sizes)]
+    rows = [samples[i // 2:i + 1] if packed else [s] for i, s in enumerate(samples)]
+    lengths, number = [sum(len(s["labels"]) for s in row) for row in rows], itertools.count()
+
+    def padded(value, tokens_of):
+        """tokens_of: a function of a sample and its place in the row, from 1 on."""
+        found = [torch.cat([tokens_of(s, place) for place, s in enumerate(row, 1)]) for row in rows]
+        missing = [max(lengths) - n for n in lengths]
+        return torch.stack([F.pad(row, (n, 0) if left else (0, n), value=value)
+                            for row, n in zip(found, missing, strict=True)])
+    batch = collate([pack(row) if packed else row[0] for row in rows], 99, left)
+    tiles = [s["pixel_values"] for row in rows for s in row if s["pixel_values"] is not None]
+    assert_same({"document_ids": None, **batch, "number": data.sample_numbers(batch)}, {
+        "input_ids": padded(99, lambda s, _: s["input_ids"]),
+        "labels": padded(IGNORED, lambda s, _: s["labels"]),
+        "attention_mask": padded(0, lambda s, _: s["labels"] ** 0) if min(lengths) < max(lengths) else None,
+        "document_ids": padded(0, lambda s, place: torch.full_like(s["labels"], place)) if packed else None,
+        "number": padded(-1, lambda s, _: torch.full_like(s["labels"], next(number))),
+        "pixel_values": torch.cat(tiles) if tiles else None})
 
 
 @dataclass
@@ -1829,135 +1642,39 @@ class Flags:
     moe: str = flag("auto", "back end", choices=["auto", "dense"])
 
 
-def test_flags_keep_types_and_booleans_can_be_switched_off():
-    assert parse_flags(Flags, []) == Flags(3, 1e-3, True, None, [], "auto")
-    argv = "--steps=4 --lr 1 --no-compile --top_k 5 --image a b --moe dense".split()
-    assert parse_flags(Flags, argv) == Flags(4, 1.0, False, 5, ["a", "b"], "dense")
-
-
-@pytest.mark.parametrize("argv, message", [
+@pytest.mark.parametrize("argv, expected", [
+    ("", Flags(3, 1e-3, True, None, [], "auto")),
+    ("--steps=4 --lr 1 --no-compile --top_k 5 --image a b --moe dense",
+     Flags(4, 1.0, False, 5, ["a", "b"], "dense")),
     ("--setps 4", "unknown argument --setps; did you mean --steps?"), ("--step 4", "did you mean --steps?"),
-    ("--top-k=4", "unknown argument --top-k; did you mean --top_k?"), ("--xyz", "unknown argument --xyz\n"),
-    ("--steps x", "invalid int value"), ("--moe fast", "invalid choice")])
-def test_a_wrong_flag_exits_with_2_and_the_nearest_name(argv, message, capsys):
+    ("--top-k=4", "unknown argument --top-k; did you mean --top_k?"), ("--xyz", "unknown argument --xyz "),
+    ("--steps x", "invalid int value"), ("--moe fast", "invalid choice"), ("--help", "{auto,dense}"),
+    ("--help", "how many, 100% of them (default: 3)"), ("--help", "--lr LR lr (default: 0.001)"),
+    ("--help", "--no-compile"), ("--help", "top_k (default: None)"), ("--help", "files (default: [])")])
+def test_flags_keep_types_and_have_help_and_a_wrong_one_exits_with_the_nearest_name(argv, expected, capsys):
+    if isinstance(expected, Flags):
+        assert parse_flags(Flags, argv.split()) == expected
+        return
     with pytest.raises(SystemExit) as exit_:
         parse_flags(Flags, argv.split())
-    assert exit_.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_help_lists_every_flag_with_its_default(capsys):
-    with pytest.raises(SystemExit):
-        parse_flags(Flags, ["--help"])
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    for line in ("how many, 100% of them (default: 3)", "--lr LR lr (default: 0.001)", "--no-compile",
-                 "top_k (default: None)", "files (default: [])", "{auto,dense}"):
-        assert line in text
+    said = re.sub(r"\s+", " ", "".join(capsys.readouterr()))
+    assert expected in said and exit_.value.code == (0 if argv == "--help" else 2)
 
 
 # ---------------------------------------------------------------- packing and order
 
-def text_samples(lengths, seed=0):
-    """Samples of text, every token supervised, the first as well: nothing may predict it. The id is the
-    number."""
-    g = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(0, IMG, (n,), generator=g) for n in lengths]
-    return [{"input_ids": row, "labels": row.clone(), "pixel_values": None, "id": i}
-            for i, row in enumerate(rows)]
+class Samples(list):
+    """Samples of such lengths. The id is the index; bad ones cannot be read."""
 
+    def __init__(self, lengths, bad=()):
+        self.bad = bad
+        super().__init__({"input_ids": torch.full((n,), i), "labels": torch.arange(n), "pixel_values": None,
+                          "id": i, "task": f"{i}?"} for i, n in enumerate(lengths))
 
-@pytest.mark.parametrize("rope", ROPE)
-@pytest.mark.parametrize("experts", ["", "qkvo"])
-def test_a_packed_sample_is_as_if_alone_and_changing_its_neighbour_leaves_it_bitwise(
-        experts, rope, monkeypatch):
-    """Logits, loss and gradients of samples with images, packed in two rows that no context would hold; the
-    longest one stretches the base of dynamic RoPE, for itself alone."""
-    model = tiny(experts, max_position_embeddings=8, rope_scaling=ROPE[rope])
-    samples = text_samples([12, 3, 7] if rope != "none" else [8, 3, 7], seed=1)
-    for visual in (samples[0], samples[2]):
-        visual["input_ids"][1:4] = IMG
-        visual["labels"][1:5] = IGNORED
-        visual["pixel_values"] = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(len(visual)))
-    rows = [pack(samples), pack(samples[1:])]
-    batch = collate(rows)
-    labels, ids = batch.pop("labels"), batch["document_ids"]
-    assert ids[1].tolist() == [1] * 3 + [2] * 7 + [0] * (ids.shape[1] - 10)
-    positions, tables = [], mono_internvl.rope_tables
-    with monkeypatch.context() as patch:           # RoPE is relative: only the tables show where it starts
-        patch.setattr(mono_internvl, "rope_tables", lambda c, p, *rest: (positions.append(p),
-                                                                          tables(c, p, *rest))[1])
-        logits = model(**batch)[0]
-    lengths = [len(s["input_ids"]) for s in samples]
-    assert positions[0][0].tolist() == [i for n in lengths for i in range(n)]
-    alone = [model(s["input_ids"][None], s["pixel_values"])[0][0] for s in samples]
-    for row, documents in ((0, alone), (1, alone[1:])):
-        for i, expected in enumerate(documents, 1):
-            assert_close(logits[row][ids[row] == i], expected, rtol=1e-4, atol=1e-5)
-    # the loss of the samples one by one, weighted by their supervised tokens, and its gradients
-    packed = model(**batch, labels=labels)[1]
-    single = [model(s["input_ids"][None], s["pixel_values"], labels=s["labels"][None])[1] for s in samples]
-    counts = [int((s["labels"][1:] != IGNORED).sum()) for s in samples]
-    weights = [counts[0], 2 * counts[1], 2 * counts[2]]
-    expected = sum(w * loss for w, loss in zip(weights, single, strict=True)) / sum(weights)
-    assert_close(packed, expected, rtol=1e-5, atol=1e-6)
-    for (name, ours), theirs in zip(gradients(model, packed).items(), gradients(model, expected).values(),
-                                    strict=True):
-        assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    for changed in range(3):                       # other tokens and pixels in one of them: the rest stays
-        others = [{**s} for s in samples]
-        others[changed]["input_ids"] = samples[changed]["input_ids"].clone()
-        others[changed]["input_ids"][-2:] = 5 + changed
-        if samples[changed]["pixel_values"] is not None:
-            others[changed]["pixel_values"] = samples[changed]["pixel_values"] * 1000
-        new = collate([pack(others), pack(others[1:])])
-        del new["labels"]
-        new = model(**new)[0]
-        same = ids[0] != changed + 1
-        assert torch.equal(new[0][same], logits[0][same]) and not torch.equal(new[0], logits[0])
-    with pytest.raises(InputError, match="17 tokens do not fit the context"):
-        model(torch.zeros(1, 20, dtype=torch.int64), document_ids=torch.tensor([[1] * 17 + [2] * 3]))
-
-
-def write_bad_samples(folder: Path, good: int, bad_of_each: int) -> tuple[Path, set[str]]:
-    """meta.json of one file with bad lines of ten kinds among the good ones, and the bad ones' names."""
-    picture = Path(PICTURE).read_bytes()
-    (folder / "img").mkdir()
-    (folder / "img/good.png").write_bytes(picture)
-    (folder / "img/cut.png").write_bytes(picture[:len(picture) // 2])
-    (folder / "img/text.png").write_bytes(b"no picture")
-    (folder / "img/empty.png").write_bytes(b"")
-    (folder / "img/folder.png").mkdir()
-
-    def line(image, turns):
-        return json.dumps({"image": image, "conversations": turns}).encode()
-    pair = ask("<image>", "b")
-    kinds = [b'{"id": 1, "conversations": [{"fr', b"\xff\xfe\x00", b"null", line([], ask("b " * 600, "c")),
-             line([], ask("only a question")), line("good.png", ask("no mark", "b")), line("cut.png", pair),
-             line("text.png", pair), line("empty.png", pair), line("folder.png", pair)]
-    lines = [(line([], ask(f"{i}", "b" * (i % 9))), False) for i in range(good)]
-    lines += [(kind, True) for kind in kinds] * bad_of_each
-    random.Random(0).shuffle(lines)
-    (folder / "a.jsonl").write_bytes(b"\n".join(content for content, _ in lines))
-    (folder / "meta.json").write_text(json.dumps({"a": {"root": "img", "annotation": "a.jsonl"}}))
-    return folder / "meta.json", {f"{folder}/a.jsonl:{i}" for i, (_, bad) in enumerate(lines, 1) if bad}
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_bad_samples_of_ten_kinds_are_all_named_once_and_the_others_all_given(tmp_path):
-    meta, bad = write_bad_samples(tmp_path, good=80, bad_of_each=2)
-    samples, named, given = load_meta(meta, TOK, SMALL, max_tokens=256), [], set()
-    batches = Batches(samples, 2, 0, max_bad=0.2, pack_tokens=256, workers=2, pool=2,
-                      on_bad=lambda i, error: named.append(error.split(": ")[0]))
-    for batch in batches:
-        given.update(batch["ids"])
-        if batches.seen > 2.5 * len(samples):      # two epochs, and what waits in the buffer
-            break
-    assert sorted(named) == sorted(bad) and len(batches.bad) == 20
-    assert given == {f"{tmp_path}/a.jsonl:{i}" for i in range(1, 101)} - bad
-    with pytest.raises(InputError, match=r"11 of \d+ samples are unreadable; --max_bad 0.1 allows fewer"):
-        list(itertools.islice(Batches(samples, 2, 0, max_bad=0.1, on_bad=lambda *_: None), 100))
-    only_bad = torch.utils.data.Subset(samples, [int(name.split(":")[1]) - 1 for name in bad])
-    with pytest.raises(InputError, match="20 samples in a row are unreadable"):
-        next(iter(Batches(only_bad, 1, 0, max_bad=1)))
+    def __getitem__(self, i):
+        if i in self.bad:
+            raise InputError(f"line {i}")
+        return super().__getitem__(i)
 
 
 def drawn(batches, n) -> list[list]:
@@ -1965,70 +1682,90 @@ def drawn(batches, n) -> list[list]:
     return [batch["ids"] for batch in itertools.islice(batches, n)]
 
 
+def test_epochs_and_seeds_differ_and_too_many_bad_samples_or_another_order_are_refused(capsys):
+    def ids(n, bad=(), dataset=None, **options):
+        options = {"batch_size": 1, "pad_token_id": 0, "pool": 1, **options}
+        return sum(drawn(Batches(dataset or Samples([9] * 10, bad), **options), n), [])
+    assert len({*map(tuple, (ids(10), ids(20)[10:], ids(10, seed=1), range(10)))}) == 4
+
+    class Endless:
+        def __getitem__(self, i):
+            return {**Samples([1])[0], "id": i}
+    assert ids(3, dataset=Endless(), batch_size=2, rank=1, world_size=3) == [1, 4, 7, 10, 13, 16]
+    ids(30, range(5), max_bad=0.5)
+    assert capsys.readouterr().err.count("bad sample, left out: line") == 5
+    for options, message in (({"bad": range(6), "max_bad": 0.5}, r"6 of \d+ .* unreadable; --max_bad 0.5"),
+                             ({"bad": range(10), "max_bad": 1}, "all 10 samples are unreadable"),
+                             ({"pack_tokens": 8}, "sample .: 9 tokens, a packed row has 8")):
+        with pytest.raises(InputError, match=message):
+            ids(30, **options)
+    for bad, seen, size, allowed in ((10, 20, 10 ** 6, 1), (11, 20, 10 ** 6, 0), (20, 2000, 10 ** 6, 1),
+                                     (21, 2000, 10 ** 6, 0), (1, 50, 100, 1), (2, 50, 100, 0)):
+        assert (data.too_many_bad(bad, seen, size, 0.01) is None) == allowed
+    options = {"dataset": Samples([9] * 10), "batch_size": 2, "pad_token_id": 0, "pool": 3, "world_size": 2}
+    drawn(source := Batches(**options), 1)
+    for name, value in (("batch_size", 3), ("pool", 2), ("pack_tokens", 99), ("seed", 1), ("rank", 1),
+                        ("world_size", 1), ("dataset", Samples([9] * 11)),
+                        ("dataset", Samples([9] * 10, range(10)))):    # now unreadable
+        with pytest.raises(InputError, match=f"saved with {'size' if name == 'dataset' else name} = |^line"):
+            Batches(**{**options, name: value}).load_state_dict(source.state_dict())
+
+
+def naive_batches(samples, order, batch_size, pool, limit, seed):
+    """Rows of indices as Batches gives them, without workers, sorted buffers, saving. order: this rank's."""
+    lengths, waiting, shuffle = [len(s["labels"]) for s in list(samples)], [], random.Random(seed).shuffle
+    good = (i for i in order if i not in samples.bad and lengths[i] <= (limit or 99))
+    while limit is None:
+        batches = sorted(itertools.islice(good, pool * batch_size), key=lengths.__getitem__)
+        batches = [batches[at:at + batch_size] for at in range(0, len(batches), batch_size)]
+        shuffle(batches)
+        yield from [[[i] for i in batch] for batch in batches]
+    while True:
+        while sum(lengths[i] for i in waiting) < pool * batch_size * limit:
+            waiting.append(next(good))
+        rows = []
+        for _ in range(batch_size):
+            row = [waiting.pop(0)]                                         # it has waited longest
+            while fitting := [i for i in waiting if lengths[i] + sum(lengths[k] for k in row) <= limit]:
+                row.append(max(fitting, key=lengths.__getitem__))          # of equals the oldest
+                waiting.remove(row[-1])
+            rows.append(row)
+        yield rows
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_ranks_and_workers_share_one_seeded_order_without_gap_or_overlap():
-    samples = text_samples([3] * 10)
+@law
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=9), bad=st.sets(st.integers(0, 8)),
+       limit=st.sampled_from([None, 8]), batch_size=st.integers(1, 3), pool=st.integers(1, 2),
+       world_size=st.integers(1, 3), seed=st.integers(0, 3), workers=st.just(0),
+       stops=st.lists(st.integers(0, 3), max_size=4))
+@example([3, 9, 1, 4, 8, 2, 5], {5}, 8, 2, 2, 2, 0, 2, [1, 2])
+def test_batches_are_those_of_a_naive_loop_wherever_the_order_is_saved_and_restored(
+        lengths, bad, limit, batch_size, pool, world_size, seed, workers, stops):
+    n, samples, named, rank = len(lengths), Samples(lengths, bad), [], seed % world_size
+    unreadable = {i for i, tokens in enumerate(lengths) if i in bad or tokens > (limit or 9)}
+    assume(len(unreadable) < n)
+    whole_order = Batches(Samples([1] * n), 1, 0, seed=seed, pool=1)       # of one process
+    epochs, share = itertools.tee(batch["ids"][0] for batch in whole_order)
+    assert [sorted(itertools.islice(epochs, n)) for _ in range(3)] == [list(range(n))] * 3
+    order, seen = itertools.tee(itertools.islice(share, rank, None, world_size))
+    expected = naive_batches(samples, order, batch_size, pool, limit, seed)
 
-    def ids(n, size, **options):
-        return list(itertools.chain(*drawn(Batches(samples, size, 0, pool=1, **options), n)))
-    one = ids(15, 2)
-    assert [sorted(one[i:i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3      # three epochs
-    assert one[:10] != one[10:20] != one[20:] != sorted(one[20:]) and ids(5, 2, seed=1) != one[:10]
-    assert ids(15, 2, workers=2) == one
-    # 3 ranks with 2 each are 1 process with 6: position k of the order is rank k % 3's, across epochs
-    ranks = [ids(5, 2, rank=r, world_size=3) for r in range(3)]
-    assert [list(group) for group in zip(*ranks, strict=True)] == [one[i:i + 3] for i in range(0, 30, 3)]
-    pools = drawn(Batches(text_samples(range(1, 33)), 4, 0), 8)
-    assert sorted(itertools.chain(*pools)) == list(range(32))
-    assert all(max(group) - min(group) == 3 for group in pools) and pools != sorted(pools)
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("pack_tokens", [None, 24])
-def test_a_saved_order_goes_on_bitwise_with_pool_and_packing_buffer(pack_tokens):
-    samples = text_samples([random.Random(i).randrange(1, 24) for i in range(60)])
-    samples[7]["input_ids"] = torch.zeros(30, dtype=torch.int64)           # too long for a packed row
-
-    def batches(**changes):
-        return Batches(samples, **{"batch_size": 3, "pad_token_id": 0, "pool": 4, "pack_tokens": pack_tokens,
-                                   "max_bad": 1, "rank": 1, "world_size": 2, **changes})
-    whole = list(itertools.islice(batches(), 30))
-    interrupted = batches(workers=2)
-    source, given = iter(interrupted), 0
-    for done, workers in ((0, 0), (3, 2), (17, 0)):
-        while given < done:
-            next(source)
-            given += 1
-        state = json.loads(json.dumps(interrupted.state_dict()))
-        resumed = batches(workers=workers)
-        resumed.load_state_dict(state)
-        for old, new in zip(whole[done:done + 10], resumed, strict=False):
-            assert old["ids"] == new["ids"] and torch.equal(old["input_ids"], new["input_ids"])
-    assert list(resumed.bad) == ([7] if pack_tokens else [])
-    for name, value in (("world_size", 4), ("batch_size", 2), ("pack_tokens", 99)):
-        with pytest.raises(InputError, match=f"saved with {name} = .* now it is {value}"):
-            batches(**{name: value}).load_state_dict(state)
-
-
-def test_packing_loses_nothing_and_fills_rows_of_mixed_lengths_above_90_percent():
-    rng = random.Random(0)
-    samples = text_samples([min(1024, int(rng.lognormvariate(4.5, 1))) for _ in range(2000)])
-    source, given, heads = Batches(samples, 4, 0, pack_tokens=1024), [], []
-    for batch in itertools.islice(source, 40):
-        heads += [batch["ids"][n] for n in itertools.accumulate([0, *batch["document_ids"].amax(1)[:-1]])]
-        given += batch["ids"]
-        assert batch["input_ids"].shape[0] == 4 and batch["input_ids"].shape[1] <= 1024
-        lengths = torch.cat([row.bincount()[1:] for row in batch["document_ids"]])
-        assert lengths.tolist() == [len(samples[i]["input_ids"]) for i in batch["ids"]]
-        assert torch.equal(batch["input_ids"][batch["document_ids"] > 0],
-                           torch.cat([samples[i]["input_ids"] for i in batch["ids"]]))
-    real = sum(len(samples[i]["input_ids"]) for i in given)
-    assert source.utilisation == real / (40 * 4 * 1024) > 0.98
-    # all that was drawn, in the order of unpacked batches, was given or waits
-    order = list(itertools.chain(*drawn(Batches(samples, 1, 0, pool=1), source.seen)))
-    assert sorted(given + [waiting.index for waiting in source.buffer]) == sorted(order)
-    # none waits for ever: a row begins with the sample that was drawn first
-    assert (drawn_at := [order.index(i) for i in heads]) == sorted(drawn_at)
+    def new():
+        return Batches(samples, batch_size, 0, seed=seed, rank=rank, world_size=world_size, workers=workers,
+                       pool=pool, pack_tokens=limit, max_bad=1, on_bad=lambda i, _: named.append(i))
+    source, tokens, room = new(), 0, 0
+    for steps in [*stops, 2]:
+        for batch, rows in zip(itertools.islice(source, steps), expected, strict=False):
+            ids, rows = sum(rows, []), [[samples[i] for i in row] for row in rows]
+            assert_same(batch, {**collate([pack(row) if limit else row[0] for row in rows]),
+                                "ids": ids, "tasks": [f"{i}?" for i in ids]})
+            tokens, room = tokens + sum(lengths[i] for i in ids), room + batch_size * (limit or 0)
+        state = json.loads(json.dumps(source.state_dict()))
+        source = new()
+        source.load_state_dict(state)
+    assert sorted(named) == sorted(source.bad) == sorted({*itertools.islice(seen, source.seen)} & unreadable)
+    assert source.utilisation == (tokens / room if limit else 0)
 
 
 # ---------------------------------------------------------------- sample.py
