@@ -2133,20 +2133,21 @@ def test_the_modular_counterpart_is_an_encoder_before_the_same_llm():
 
 def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
-    monkeypatch.setattr(bench, "TOKENS_PER_TILE", 4)
-    flags = "--layers 1 --tiles 1 2 --rounds 2 --steps 1 --batches 1 2 --seconds 0 --cpu-time --markdown"
+    flags = "--layers 1 --tiles 0 1 2 --rounds 2 --steps 1 --batches 1 2 --cpu_time"
     assert bench.main(["infer", *flags.split(), f"--json={tmp_path}/a.json", f"--png={tmp_path}/a.png"]) == 0
     result, out = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == result and flags in result["command"]
-    assert {(r["dtype"], r["tiles"], r["back_end"]) for r in result["prefill"]} == {
-        *itertools.product(["bfloat16"], [1, 2], ["dense", "torch", "modular"]),
-        ("float32", 2, "dense"), ("float32", 2, "torch")}
-    assert {(r["dtype"], r["batch"], r["cached_tokens"]) for r in result["decode"]} == {
-        *itertools.product(["bfloat16"], [1, 2], [68, 72]), ("float32", 1, 72), ("float32", 2, 72)}
+    dtypes, tiles = ["float32", "bfloat16"], [0, 1, 2]
+    assert [(r["dtype"], r["tiles"], r["back_end"]) for r in result["prefill"]] == \
+        list(itertools.product(dtypes, tiles, ["dense", "torch", "modular"]))
+    assert [(r["dtype"], r["batch"], r["cached_tokens"]) for r in result["decode"]] == \
+        list(itertools.product(dtypes, [1, 2], [64, 68, 72]))
     for row in result["prefill"] + result["decode"]:
         assert 0 < row["quartiles"][0] <= row["seconds"] <= row["quartiles"][1] and row["floor"] > 0
-    tables = [line for line in out.splitlines() if line.startswith("| ")]
-    assert len(tables) == 2 * 2 + 3 + 6 and min(Image.open(tmp_path / "a.png").size) > 300
+    of_text = [r["floor"] for r in result["prefill"] if r["tiles"] == 0]
+    assert of_text[0] == of_text[1] and of_text[3] == of_text[4]           # text costs one expert everywhere
+    lines = [line for line in bench.infer_tables(result).splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 * 2 + 6 + 12 and min(Image.open(tmp_path / "a.png").size) > 300
 
 
 # ---------------------------------------------------------------- the kernel: what it computes
@@ -2773,11 +2774,11 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 RESULTS = (HERE / "RESULTS.md").read_text(encoding="utf-8")
 SHORT = {"train_evip.py": "--steps=1 --batch_size=2 --grad_accum=1 --eval_questions=1",
          "sample.py": "--max_new_tokens=2", "evaluate.py": "--questions=1",
-         "bench.py kernels": "--seconds=0 --image-tiles 0 --hidden-size=64 --intermediate-size=64",
+         "bench.py kernels": "--rounds=2 --image_tiles 0 --hidden_size=64 --intermediate_size=64",
          "bench.py report": "",
-         "bench.py train": "--seconds=0 --rounds 2 --tiny-rounds 2",
-         "bench.py infer": "--seconds=0 --layers 1 --tiles 1 --batches 1 --rounds 2 --steps 1",
-         "bench.py ablation": "--seeds=1 --steps=1 --eval-questions=1"}
+         "bench.py train": "--rounds 2 --tiny_rounds 2",
+         "bench.py infer": "--layers 1 --tiles 1 --batches 1 --rounds 2 --steps 1",
+         "bench.py ablation": "--seeds=1 --steps=1 --eval_questions=1"}
 
 
 def readme_commands() -> list[str]:
