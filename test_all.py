@@ -2371,6 +2371,8 @@ def test_operators_pass_opcheck(device, n):
 
 @pytest.mark.parametrize("change, message", [
     ({"x": torch.zeros(3, 12), "w": torch.zeros(8, 12)}, "multiples of 8"),
+    ({"w": torch.zeros(12, 16)}, "multiples of 8"), ({"w_visual": torch.zeros(16, 16)}, "weights"),
+    ({"w_visual": torch.zeros(8, 16).half()}, "float16"), ({"w2": torch.zeros(16, 24)}, "weights"),
     ({"x": torch.zeros(3, 16).double(), "w": torch.zeros(8, 16).double()}, "float64"),
     ({"x": torch.zeros(3, 16, device="meta"), "w": torch.zeros(8, 16, device="meta")}, "meta"),
     ({"w": torch.zeros(8, 16, device="meta")}, "meta"), ({"w": torch.zeros(8, 16).bfloat16()}, "bfloat16"),
@@ -2381,10 +2383,13 @@ def test_operators_pass_opcheck(device, n):
 def test_what_the_kernel_cannot_do_is_a_clear_error(change, message):
     given = {"x": torch.zeros(3, 16), "w": torch.zeros(8, 16), "rows": torch.arange(3),
              "counts": torch.tensor([3, 0]), "labels": torch.zeros(3, dtype=torch.uint8), **change}
-    x, w, *routed, labels = given.values()
-    for call in (lambda: moe_kernel.linear(x, w, w, *routed), lambda: moe_kernel.route(labels),
-                 lambda: moe_kernel.swiglu(x, (w, w, w.T), (w, w, w.T), *routed)):
-        concerned = ("labels" in change) == ("route" in call.__code__.co_names)
+    x, w, *routed, labels = (given[name] for name in ("x", "w", "rows", "counts", "labels"))
+    visual, w2 = given.get("w_visual", w), given.get("w2", w.T)
+    for function, call in (("linear", lambda: moe_kernel.linear(x, w, visual, *routed)),
+                           ("swiglu", lambda: moe_kernel.swiglu(x, (w, w, w2), (w, visual, w2), *routed)),
+                           ("route", lambda: moe_kernel.route(labels))):
+        concerned = function == ("route" if "labels" in change else "swiglu" if "w2" in change else function)
+        concerned &= function != "route" or "labels" in change
         with pytest.raises(InputError, match=message) if concerned else contextlib.nullcontext():
             call()
 
@@ -2458,8 +2463,8 @@ def test_a_kernel_on_a_cpu_or_one_that_cannot_be_built_says_so_once(
     monkeypatch.chdir(tmp_path)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    not_loaded_yet = functools.cache(inspect.unwrap(moe_kernel.library))
-    monkeypatch.setattr(moe_kernel, "library", not_loaded_yet)
+    library = inspect.unwrap(moe_kernel.library, stop=lambda function: hasattr(function, "cache_clear"))
+    library.cache_clear()                          # as in a process that has not loaded it yet
     with pytest.warns(UserWarning, match=message) as warned:
         for _ in range(3):
             assert Routing(torch.tensor([[True, False]]), backend="cuda").backend == backend
@@ -2467,6 +2472,7 @@ def test_a_kernel_on_a_cpu_or_one_that_cannot_be_built_says_so_once(
     if backend == "torch":
         with pytest.raises(RuntimeError, match="choose the torch back end"):
             moe_kernel.route(torch.zeros(4, dtype=torch.uint8))
+    library.cache_clear()
 
 
 @pytest.mark.slow
