@@ -1806,7 +1806,7 @@ def listen(patch, scripts=()) -> list:
                                      tokens=tokens))
         for item in next(scripts, itertools.repeat(OWN)):
             token = next(own, None)
-            if isinstance(item, type):
+            if isinstance(item, BaseException | type):
                 raise item
             if item is OWN and token is None:
                 return
@@ -1930,7 +1930,7 @@ def test_a_chat_answers_as_if_it_read_all_again_but_reads_only_what_is_new(saved
                                                                            seed):
     """Each line comes with the script of the answer that it gets if the model is asked."""
     draw, generate = random.Random(seed), MonoInternVL.generate
-    lines = [(line, [InputError] if draw.random() < 0.1 else
+    lines = [(line, [InputError("no")] if draw.random() < 0.1 else
               [OWN] * draw.randint(0, 3) + [draw.choice([*ENDS, KeyboardInterrupt])])
              for line in draw.choices(list(LINES), LINES.values(), k=14)]
     typed = [line for line, _ in lines] + draw.choice([["/exit", "more"], [KeyboardInterrupt], [EOFError]])
@@ -1956,7 +1956,7 @@ def test_a_chat_answers_as_if_it_read_all_again_but_reads_only_what_is_new(saved
             ids = whole_prompt([*messages, message], answers, [len(t) for t in tiles])
             assert call.ids[0].tolist() == ids
             assert torch.equal(call.pixels, torch.cat(tiles)) if tiles else call.pixels is None
-            if line == LONG or script == [InputError]:
+            if line == LONG or isinstance(script[0], InputError):
                 errors += 1                        # the message is dropped, its images keep waiting
                 continue
             answer = [t for t, in call.tokens if t not in ENDS]
@@ -2094,11 +2094,12 @@ def test_what_cannot_be_done_is_one_line_and_changes_no_file(bad_input, monkeypa
 
 
 def test_too_little_memory_is_one_line_that_says_what_to_lower(saved_model, tmp_path, monkeypatch, capsys):
-    shutil.copytree(saved_model, tmp_path, dirs_exist_ok=True)
-    MonoInternVL(replace(SMALL, max_position_embeddings=10 ** 17)).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError) as too_large:
+        torch.empty(2 ** 60)                       # more than can be addressed
+    listen(monkeypatch, [[error] for error in (MemoryError(), *[too_large.value] * 3)])
     (tmp_path / "questions.jsonl").write_text('{"question": "hi"}\n')
     monkeypatch.setattr("builtins.input", unittest.mock.Mock(side_effect=["hi", "hi", EOFError]))
-    argv = ["--model", str(tmp_path), "--max_new_tokens", str(10 ** 16)]       # more than can be addressed
+    argv = ["--model", saved_model]
     statuses = sample.main([*argv, "--prompt", "hi"]), sample.main(argv), ask_file(tmp_path, *argv[1:])[0]
     said = re.findall("error: out of memory; lower (--batch_size, )?--max_new", capsys.readouterr().err)
     assert statuses == (1, 0, 1) and said == ["", "", "", "--batch_size, "]    # the chat went on
