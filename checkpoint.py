@@ -57,8 +57,7 @@ def _make_config(cls: type, values: dict, path):
 
 
 def read_config(path: str | Path, cls: type):
-    """An official (or our) config.json -> cls, the config's dataclass. Raises InputError that names the
-    field."""
+    """An official (or our) config.json -> cls, the config's dataclass. Raises InputError naming a field."""
     official, values = read_json(path, "; expected a checkpoint folder that holds it"), {}
     for f in fields(cls):
         node = official
@@ -79,8 +78,7 @@ def read_config(path: str | Path, cls: type):
 
 
 def read_llm_config(path: str | Path, cls: type, **changes):
-    """The config.json of an InternLM2 or Llama-layout folder -> cls with the LLM's sizes. changes: other
-    fields."""
+    """An InternLM2 or Llama-layout config.json -> cls with the LLM's sizes. changes: other fields."""
     llm = read_json(path, "; expected an LLM folder that holds it")
     if llm.get("model_type") not in ("internlm2", "llama"):
         raise InputError(f"{path}: model_type {llm.get('model_type')!r} is not 'internlm2' or 'llama'")

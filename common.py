@@ -24,8 +24,7 @@ class InputError(ValueError):
 
 
 def read_json(path: str | Path, if_missing: str = "") -> dict:
-    """The JSON object in a file. Raises InputError for everything else; if_missing: added if there is no
-    file."""
+    """The JSON object in a file. Raises InputError for all else; if_missing: added if there is no file."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

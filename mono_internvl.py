@@ -368,8 +368,7 @@ class Attention(nn.Module):
             qkv = mmoe_linear(x, self.wqkv.weight, self.wqkv_ve.weight, routing)
         else:
             qkv = self.wqkv(x)
-        # The rows of wqkv are grouped by key/value head: its query heads, then its key, then its value
-        # [repo].
+        # The rows of wqkv are grouped by key/value head: its query heads, its key, its value [repo].
         group = c.num_attention_heads // c.num_key_value_heads
         qkv = qkv.view(B, T, c.num_key_value_heads, group + 2, c.head_dim).permute(0, 2, 3, 1, 4)
         qk = apply_rope(qkv[:, :, :-1].flatten(1, 2), *rope).unflatten(1, (-1, group + 1))

@@ -217,8 +217,7 @@ def select_trainable(model: MonoInternVL, stage: Stage):
 
 
 def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
-    """Moves the model to its device and dtype, wraps it in DDP or FSDP if needed, and returns the module to
-    call.
+    """Moves the model to its device and dtype, wraps it in DDP or FSDP, and returns the module to call.
 
     What trains is held in float32, what is frozen in the dtype of the forward pass. DDP: each process holds
     the whole model, and gradients are averaged. FSDP: each holds a share of every tensor, and gathers a layer
@@ -508,15 +507,16 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
 
 # ---------------------------------------------------------------- what a stage starts from, and what it kept
 
-def origin(flags: Flags, stage: Stage, first: bool, out: Path):
+def origin(flags: Flags, stage: Stage, first: bool, out: Path, new_tokenizer: Path | None = None):
     """(config, tokenizer, a function that makes the model) that a stage begins with: --init_from for the
-    first of the run, the stage before it, or for S0 a new model."""
-    recipe = PRESETS[flags.preset][flags.recipe]
+    first of the run, the stage before it, or for S0 a new model. new_tokenizer: where to write a tokenizer
+    that has to be made (default: in `out`)."""
+    recipe, new_tokenizer = PRESETS[flags.preset][flags.recipe], new_tokenizer or out / "tokenizer"
     if stage.name == "S0" and not flags.init_from:
         if not rank():
-            make_world_tokenizer(out / "tokenizer")
+            make_world_tokenizer(new_tokenizer)
         common.wait_for_all()
-        tok = Tokenizer(out / "tokenizer")
+        tok = Tokenizer(new_tokenizer)
         config = tiny_config(flags.recipe, tok)
         return config, tok, lambda: MonoInternVL(config)
     before = recipe[max(0, recipe.index(stage) - 1)]
@@ -531,8 +531,8 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path):
         tok = Tokenizer(folder)
         missing = [token for token in checkpoint.IMAGE_TOKENS if token not in tok.special_tokens]
         if missing:
-            checkpoint.add_tokens(folder, out / "tokenizer", missing, len(tok))
-            tok = Tokenizer(out / "tokenizer")
+            checkpoint.add_tokens(folder, new_tokenizer, missing, len(tok))
+            tok = Tokenizer(new_tokenizer)
         config = MonoInternVLConfig.from_llm(
             folder, attn_experts="qkvo" if flags.recipe == "evip++" else "", bos_token_id=tok.bos_id,
             eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
@@ -543,7 +543,7 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path):
     def build() -> MonoInternVL:
         model = MonoInternVL.from_pretrained(folder, dtype=None)
         # EViP begins: the visual experts start as copies of the text experts.
-        return model.copy_text_experts() if before.name == "S0" and not flags.init_from else model
+        return model.copy_text_experts() if folder == out / "S0" else model
     return MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder), build
 
 
@@ -561,7 +561,7 @@ def print_stages(stages: list[Stage], done: list[str], model: MonoInternVL, flag
     for s in stages:
         size, accum = batch_plan(model, s, flags, processes)
         say(f"{s.name:6}{s.goal:34}{s.trainable:20}{s.max_tiles:5}{flags.steps or s.steps:8}"
-            f"{size * accum * processes:7}{flags.lr or s.lr:8.0e}  {s.paper}"
+            f"{size * accum * processes:7}{s.lr if flags.lr is None else flags.lr:8.0e}  {s.paper}"
             + ("  (done)" if s.name in done else ""))
 
 
@@ -585,7 +585,7 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
             config = replace(MonoInternVLConfig.mono_internvl_2b(img_context_token_id=92546),
                              attn_experts="qkvo" if flags.recipe == "evip++" else "")
         else:
-            config, tok, _ = origin(flags, stages[0], True, Path(folder) if stages[0].name == "S0" else out)
+            config, tok, _ = origin(flags, stages[0], True, out, Path(folder))
         with torch.device("meta"):
             model = MonoInternVL(config)
         print_stages(stages, done, model, flags, processes)
@@ -601,7 +601,7 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
             speed = processes * (flags.peak_tflops or math.nan) * 1e12
             budget.print_plan(stage.name, sum(math.prod(shapes[name]) for name in trained),
                               memory_plan(model, stage, flags, processes),
-                              stage.steps * stage.batch * flop / speed)
+                              (flags.steps or stage.steps) * stage.batch * flop / speed)
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
             return
@@ -670,8 +670,8 @@ def open_progress(out: Path, stage: Stage | None, record: dict, flags: Flags) ->
 
 
 def run_stage(stage: Stage, start: tuple, out: Path, flags: Flags, progress: Progress, report: dict) -> bool:
-    """Trains a stage from `start`, what origin returns, or from its newest checkpoint, and saves it. False:
-    stopped."""
+    """Trains a stage from `start`, what origin returns, or from its newest checkpoint, and saves it. Returns
+    False if it was stopped."""
     config, tok, build = start
     folder = out / f"{stage.name}.partial"
     partial = checkpoint.newest_partial(folder)
