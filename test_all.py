@@ -3539,6 +3539,8 @@ def test_training_starts_from_a_language_model_whose_tokenizer_gets_image_tokens
     llm, out, size = language_model(tmp_path / "llm", world_tok, kind), tmp_path / "out", len(world_tok.sp)
     flags = [f"--data={write_conversations(tmp_path, 0, 1)}", f"--init_from={llm}", f"--recipe={recipe}",
              "--stages=S1.1", "--steps=1", "--lr=0", *FEW, f"--out={out}"]
+    assert train_evip.main([*flags, "--dry_run"]) == 0 and not out.exists()
+    assert "»" in capsys.readouterr().out          # a batch, with the tokenizer that training would make
     assert train_evip.main(flags) == 0
     said = capsys.readouterr().out
     assert "gets <|im_end|>, <|im_start|>, <img>, </img>, <IMG" in said and f"ids from {size} on" in said
