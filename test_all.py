@@ -2714,8 +2714,7 @@ def test_a_stage_mixes_kinds_of_samples_of_its_split_and_text_alone_answers_its_
         for turn in asked[::2] if image is None else []:
             assert facts(turn["value"]) <= facts(first["value"])
     assert found == pytest.approx(shares, abs=0.03)
-    samples = World(stage, world_tok, train_evip.tiny_config("evip++", world_tok), split="test")
-    assert all(samples[i]["id"] == f"{stage}/{i}" for i in range(9))
+    World(stage, world_tok, train_evip.tiny_config("evip++", world_tok), split="test")[0]
     assert {split_of(picture) for picture in drawn} == {"test"}
 
 
@@ -2970,15 +2969,19 @@ def test_a_stage_trains_what_the_paper_says_and_learning_to_see_leaves_text_bitw
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("S2", {}), ("S2", {"pack": True, "max_tokens": 180}), ("S1.2", {"seed": 3}), ("S0", {"grad_clip": 1e9})])
-def test_training_equals_a_loop_written_out_sample_by_sample(name, changes, world_tok, tmp_path):
+    ("S2", {}), ("S2", {"pack": True, "max_tokens": 180}), ("S1.2", {"seed": 3}), ("S0", {"grad_clip": 1e9}),
+    pytest.param("S2", {"compile": True}, marks=slow)])
+def test_training_equals_a_loop_written_out_sample_by_sample(name, changes, world_tok, tmp_path, monkeypatch):
     """The mean loss over the tokens of a step, clipping, warmup and cosine, AdamW; and what is logged."""
+    compile_ = torch.nn.Module.compile             # dynamo alone: the C++ compiler takes minutes
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compile_(self, backend="eager", **o))
     flags = tiny_flags(**{"batch_size": 2, "grad_accum": 3, "pool": 2, "steps": 5, "warmup": 0.4, "lr": 0.02,
                           "weight_decay": 2.0, "grad_clip": 1e-6, "peak_tflops": 1e-6, **changes})
     model, oracle, stage = learner(world_tok), learner(world_tok), stage_of(name)
     c, lessons = model.config, World(name, world_tok, model.config, stage.max_tiles, flags.seed)
     log = train_evip.Progress(tmp_path / "log.jsonl")
     assert train_evip.train_stage(model, lessons, stage, flags, log, world_tok)
+    assert (model.language_model.model.layers[0]._compiled_call_impl is not None) == flags.compile
 
     shapes = {n: p.shape for n, p in oracle.named_parameters()}
     adam = {n: [torch.zeros(shapes[n]), torch.zeros(shapes[n])] for n in learning_in(name, shapes)}
@@ -3015,9 +3018,9 @@ def test_training_equals_a_loop_written_out_sample_by_sample(name, changes, worl
             p -= lr * (mean / (1 - 0.9 ** (step + 1))) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
     for n, p in model.named_parameters():          # unclipped, Adam follows gradients that are mere rounding
         assert_close(p, oracle.get_parameter(n), rtol=1e-3, atol=1e-4 if flags.grad_clip < 1 else 2e-2)
-    for key, rate in (("visual_tokens_per_s", "visual"), ("mfu", "flop")):           # at a peak of 1e6 flop/s
-        assert event[key] / event["tokens_per_s"] * (1e6 if key == "mfu" else 1) == pytest.approx(
-            total[rate] / total["tokens"], rel=0.01)
+    rates = [event["visual_tokens_per_s"], event["mfu"] * 1e6]             # at a peak of 1e6 flop/s
+    assert [rate / event["tokens_per_s"] for rate in rates] == pytest.approx(
+        [total[kind] / total["tokens"] for kind in ("visual", "flop")], rel=0.01)
 
 
 @pytest.mark.parametrize("stage, dtype", [("S1.2", "float32"), ("S1.2", "bfloat16"), ("S2", "float32")])
@@ -3062,7 +3065,6 @@ def test_predicted_memory_and_operations_are_what_pytorch_counts(stage, dtype):
     flop = sum(rates[kind] * numbers[kind] for kind in ("text", "visual", "labels"))
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     assert flop == pytest.approx(counted, rel=0.02)
-    assert rates["pairs"] == 12 * 4 * 128          # q·k and p·v, 2 operations each, and twice that backward
 
 
 @pytest.fixture(scope="module")
@@ -3083,9 +3085,6 @@ def test_one_command_goes_through_every_stage_and_reports_what_it_did(short_run)
     assert set(results["tasks"]) == {*world.TASKS, "mean"}
     for name in ("loss.png", "predictions.png"):
         assert min(Image.open(short_run / name).size) > 300
-    for stage in STAGES:
-        model = MonoInternVL.from_pretrained(short_run / stage)
-        assert model.config.vocab_size == len(Tokenizer(short_run / stage))
     assert not list(short_run.glob("*.partial"))
 
 
@@ -3126,7 +3125,6 @@ def test_own_data_trains_and_a_bad_sample_is_left_out_and_named(lessons, tmp_pat
 @pytest.mark.parametrize("arguments, message", [
     ("--stages S3", "no such stage; there are S0, S1.1"),
     ("--stages S1.2", "holds no checkpoint to start S1.2 from"),
-    ("--stages S2 --init_from nowhere", "nowhere holds no checkpoint"),
     ("--data meta.json", "with --data, name other --stages"),
     ("--preset 2b", "--preset 2b learns from your own data: name it with --data"),
     ("--preset 2b --data meta.json", "name its folder with --init_from"),
@@ -3146,42 +3144,20 @@ def test_a_run_that_cannot_start_says_why_in_one_line(arguments, message, tmp_pa
 def test_a_loss_that_is_no_number_stops_the_training_and_names_its_samples(world_tok, tmp_path):
     model = learner(world_tok)
     samples = [World("S1.2", world_tok, model.config)[i] for i in range(8)]
-    second = [next(batches)["ids"] for batches in [iter(Batches(samples, 4, 0, pool=1))] for _ in range(2)][1]
-    samples[int(second[2][5:])]["pixel_values"].fill_(math.nan)
-    with pytest.raises(InputError, match=f"loss of S1.2 is nan at step 1, .* these samples: {second[2]}$"):
+    samples[5]["pixel_values"].fill_(math.nan)
+    with pytest.raises(InputError, match=r"loss of S1.2 is nan at step \d, .* these samples: S1.2/5$"):
         train_evip.train_stage(model, samples, stage_of("S1.2"), tiny_flags(pool=1),
                                train_evip.Progress(tmp_path / "log.jsonl"), world_tok)
     assert all(p.isfinite().all() for p in model.parameters())             # the step was not taken
 
 
-def test_presets_have_the_samples_of_the_papers_and_of_the_official_script():
-    for recipe, samples in (("evip", [922, 258, 143, 6]), ("evip++", [250, 150, 150, 7])):
-        stages = train_evip.PRESETS["2b"][recipe]
-        assert [s.steps * s.batch / 1e6 for s in stages] == pytest.approx(samples, rel=0.01)
-        assert all(s.max_tokens > 256 * (s.max_tiles + 1) for s in stages)
-        for stages_ in (stages, train_evip.RECIPES[recipe][1:]):
-            assert [(s.max_tiles, s.schedule) for s in stages_] == [
-                (4, "constant"), (6, "constant"), (12, "constant"), (24, "cosine")]
-    for stage, in train_evip.PRESETS["llava_sft"].values():                # one epoch
-        flags = train_evip.Flags()
-        assert stage.steps == 665298 // stage.batch
-        assert (stage.lr, stage.schedule, flags.warmup, flags.weight_decay, flags.grad_clip) == (
-            4e-5, "cosine", 0.03, 0.01, 1.0)
-
-
 def test_the_plan_of_the_2b_model_is_arithmetic_on_its_sizes(monkeypatch, capsys):
     """Written out for 24 layers of 2048 channels, 16 heads, 8 of keys and values, an FFN of 8192."""
-    def script(*flags):                            # python budget.py: exit code, errors, {stage: its numbers}
-        monkeypatch.setattr(sys, "argv", ["budget.py", *flags])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(HERE / "budget.py"), run_name="__main__")
-        said, error = capsys.readouterr()
-        lines = [line.replace(",", "") for line in said.splitlines() if "weights" in line]
-        return stop.value.code, error, {line.split()[0]: [*map(float, re.findall(r" (\d+\.\d+)", line))][-7:]
-                                        for line in lines}
-
-    code, _, plan = script("--preset", "2b", "--gpus", "8")
-    assert code == 0 and tuple(plan) == STAGES[1:]
+    monkeypatch.setattr(budget, "train_evip", train_evip, raising=False)   # the script imports it itself
+    assert budget.main(["--preset=2b", "--gpus=4"]) == 0
+    lines = [line for line in capsys.readouterr().out.replace(",", "").splitlines() if "weights" in line]
+    plan = {line.split()[0]: [*map(float, re.findall(r" (\d+\.\d+)", line))][-7:] for line in lines}
+    assert tuple(plan) == STAGES[1:]
     attention = 24 * (2048 * (2048 + 2 * 1024) + 2048 ** 2)
     layers, head = attention + 24 * 3 * 2048 * 8192, 92553 * 2048
     vision = 588 * 1024 + 1024 + 1025 * 1024       # patches with their bias, positions
@@ -3195,13 +3171,10 @@ def test_the_plan_of_the_2b_model_is_arithmetic_on_its_sizes(monkeypatch, capsys
             ("S2", 55000 * 128, 8192, 25, model, 6 * (layers + head))):
         visual = 256 * tiles
         flop = visual * 6 * matrices + (tokens - visual) * per_text + 12 * 24 * 2048 * tokens ** 2 / 2
-        expected = [(4 * trained + 2 * (model - trained)) / 8e9, 4 * trained / 8e9, trained / 1e9,
-                    *plan[stage][3:5], sum(plan[stage][:5]), samples * flop / (8 * 400e12) / 3600]
+        expected = [(4 * trained + 2 * (model - trained)) / 4e9, trained / 1e9, 2 * trained / 1e9,
+                    *plan[stage][3:5], sum(plan[stage][:5]), samples * flop / (4 * 400e12) / 3600]
         assert plan[stage] == pytest.approx(expected, rel=1e-3, abs=1e-3)
-    assert script("--gpus", "16")[2]["S2"][2] == pytest.approx(model / 2e9, abs=1e-3)
-    for gpus, message in (("0", "must be positive"), ("3", r"3 process\(es\) with --batch_size 4 do not")):
-        code, error, _ = script("--gpus", gpus)
-        assert code == 1 and re.match(rf"error: .*{message}.*\n$", error)
+    assert budget.main(["--gpus=0"]) == 1 and "must be positive" in capsys.readouterr().err
 
 
 def test_a_dry_run_tells_what_would_happen_and_writes_nothing(lessons, tmp_path, capsys, monkeypatch):
@@ -3212,14 +3185,11 @@ def test_a_dry_run_tells_what_would_happen_and_writes_nothing(lessons, tmp_path,
 
     monkeypatch.chdir(tmp_path)
     first, second = (dry_run("--pool=1", f"--seed={seed}") for seed in (0, 1))
-    assert "S1.1  concepts, from noisy alt texts" in first and "optimizer 0.00" in first
     assert "<|im_start|>user" in first and "»" in first and "hours" not in first and first != second
     said = dry_run(*lessons_of(lessons, "S2"), "--pack", "--max_tokens=128")
     assert "<img><IMG_CONTEXT>×27</img>\nWhat is this?" in said and "»a small red ring." in said
     said = dry_run("--preset=2b", "--recipe=evip", "--dtype=bfloat16")     # with no data and no weights
-    assert re.search(r"S1.1 +concepts.* visual +4 +450000 +2048 ", said)
-    assert re.search(r"S1.1 .*weights 8.667, gradients 4.889, optimizer 9.778", said)
-    assert "There is no example batch without --init_from and --data." in said
+    assert re.search(r"S1.1 .*weights 8.667", said) and "without --init_from and --data" in said
 
 
 def test_evaluation_is_right_about_held_out_pictures_and_by_chance_about_blank_ones(capsys):
@@ -3257,13 +3227,9 @@ def test_the_ablation_compares_four_ways_from_one_language_model(tmp_path, monke
 # ---------------------------------------------------------------- training: distribution and resume
 # Processes are forked: nothing is imported again, and what a test patched holds in them as well.
 
-FORK = multiprocessing.get_context("fork")
-
-
 def train(folder, *flags, world=1, hook=None, kill_at=None) -> list[int]:
-    """Exit codes of `world` processes that run train_evip.py with flags, and write to `folder`. hook(rank,
-    step) is called in each of them in every step, before the optimizer's. kill_at waits for the moment to
-    kill them."""
+    """Exit codes of `world` processes that run train_evip.py. hook(rank, step) is called in each of them
+    before every optimizer step. kill_at waits for the moment to kill them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -3283,7 +3249,8 @@ def train(folder, *flags, world=1, hook=None, kill_at=None) -> list[int]:
             err.flush()
         os._exit(code)             # no clean-up of pytest's
 
-    processes = [FORK.Process(target=one_process, args=(rank,)) for rank in range(world)]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=one_process, args=(rank,)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
@@ -3347,14 +3314,9 @@ def train_in_one_go_and_in_pieces(folder: Path, stage: str, *flags: str, world: 
     assert train(once, *flags, world=world, hook=keep) == done
     assert train(pieces, *flags, world=world, hook=signal_at(0, signal.SIGINT, to=world - 1)) == done
     assert [p.name for p in (pieces / f"{stage}.partial").iterdir()] == ["step-0000002"]
-    if world == 1:                                 # killed after its checkpoint, with a step more in the log
-        assert train(pieces, *flags, hook=signal_at(5, signal.SIGKILL)) == [-signal.SIGKILL]
-        assert [step for _, step, *_ in steps_logged(pieces)] == list(range(5))
     assert train(pieces, *flags, world=world, hook=keep) == done
     for name in (stage, "kept"):
         assert contents(once / name) == contents(pieces / name)
-    assert {p.name for p in (once / "kept").iterdir()} == {
-        "model", "optimizer", *(f"rank{i}.json" for i in range(world))}
     assert steps_logged(once) == steps_logged(pieces)
     assert [step for _, step, *_ in steps_logged(once)] == list(range(6))
     return once
@@ -3420,35 +3382,12 @@ def test_ten_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(les
     for _ in range(10):
         assert train(out, *flags, kill_at=a_moment) == [-signal.SIGKILL]
         saved.append(newest())
+        assert len(list(out.glob("S2.partial/step-*"))) <= 3               # --keep=2, and one about to go
     assert saved == sorted(saved) and saved[-1] > 5
     assert train(once, *flags) == train(out, *flags) == [0]
     assert contents(out / "S2") == contents(once / "S2") and steps_logged(out) == steps_logged(once)
     bad, named = ([e for e in events_of(folder) if e.get("event") == "bad sample"] for folder in (out, once))
     assert bad == named != []                      # once, although many lives met them
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_checkpoints_within_a_stage_restore_everything_and_only_the_newest_stay(tmp_path, monkeypatch):
-    def save(step, save_model=Path.mkdir):
-        torch.manual_seed(step)
-        checkpoint.save_training(tmp_path, step, save_model, {"mean": torch.full((2, 3), float(step))},
-                                 {"log": 10 * step}, keep=2)
-        return torch.rand(3)
-
-    def full(folder):
-        raise OSError(28, "No space left on device")
-
-    *_, expected = save(8), save(9), save(10)
-    with pytest.raises(InputError, match="checkpoint of step 11 cannot be written.*No space left.*make room"):
-        save(11, full)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000009", "step-0000010"]
-    newest, restored = checkpoint.newest_partial(tmp_path), {"mean": torch.zeros(2, 3)}
-    state = checkpoint.load_training(newest, restored)
-    assert (state["step"], state["log"], restored["mean"].tolist()) == (10, 100, [[10.0] * 3] * 2)
-    assert torch.equal(torch.rand(3), expected)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"saved by 1 process\(es\).*--init_from .*step-0000010/model"):
-        checkpoint.load_training(newest, restored)
 
 
 @slow
@@ -3466,7 +3405,8 @@ def test_problems_of_one_process_stop_all_and_leave_the_earlier_checkpoints_usab
         assert re.search("of step 2 cannot be written.*process 0: .Errno 27. File too large", error)
     assert [p.name for p in (out / "S2.partial").iterdir()] == ["step-0000001"]
     # another number of processes cannot continue the order of samples; as many can
-    assert train(out, *flags) == [1] and "saved by 2 process(es)" in Path(f"{out}.err0").read_text()
+    advice = r"saved by 2 process\(es\).*--init_from .*step-0000001/model"
+    assert train(out, *flags) == [1] and re.search(advice, Path(f"{out}.err0").read_text())
     assert train(out, *flags, "--parallel=fsdp", world=2) == [0, 0]
     assert [step for _, step, *_ in steps_logged(out)] == [0, 1, 2, 3]
 
@@ -3487,8 +3427,7 @@ def test_only_flags_that_change_nothing_learned_may_differ_when_a_run_continues(
     assert not free & {"recipe", "preset", "stages", "init_from", "data", "batch_size", "grad_accum", "pack",
                        "pool", "steps", "lr", "warmup", "weight_decay", "grad_clip", "max_tokens", "seed",
                        "dtype", "max_bad"}
-    run = checkpoint.read_run(tmp_path, flags, [], free)
-    checkpoint.write_run(tmp_path, run | {"done": ["S0"]})
+    checkpoint.write_run(tmp_path, checkpoint.read_run(tmp_path, flags, [], free) | {"done": ["S0"]})
     for name in flags:
         changed = flags | {name: "other"}
         if name in free:
@@ -3496,9 +3435,6 @@ def test_only_flags_that_change_nothing_learned_may_differ_when_a_run_continues(
         else:
             with pytest.raises(InputError, match=f"had --{name} .*, not other: .*--resume never"):
                 checkpoint.read_run(tmp_path, changed, [], free)
-        assert checkpoint.read_run(tmp_path, changed | {"resume": "never"}, [], free)["done"] == []
-    checkpoint.write_run(tmp_path, run | {"done": ["S0"], "finished": True})
-    assert not checkpoint.read_run(tmp_path, flags, [], free)["interrupted"]
 
 
 def test_an_interrupted_run_continues_and_a_finished_one_starts_from_the_beginning(lessons, tmp_path):
@@ -3542,34 +3478,15 @@ def test_training_starts_from_a_language_model_whose_tokenizer_gets_image_tokens
     assert train_evip.main([*flags, "--dry_run"]) == 0 and not out.exists()
     assert "»" in capsys.readouterr().out          # a batch, with the tokenizer that training would make
     assert train_evip.main(flags) == 0
-    said = capsys.readouterr().out
-    assert "gets <|im_end|>, <|im_start|>, <img>, </img>, <IMG" in said and f"ids from {size} on" in said
-    assert "bitwise equal: text logits True" in said
     model, tok = MonoInternVL.from_pretrained(out / "S1.1"), Tokenizer(out / "S1.1")
     assert model.config.img_context_token_id == tok.token_id("<IMG_CONTEXT>") == size + 4
     assert model.config.attn_experts == ("qkvo" if recipe == "evip++" else "")
-    embeddings = model.language_model.model["tok_embeddings"].weight
-    assert len(embeddings) == model.config.vocab_size == len(tok) == size + 11
-    assert_close(embeddings[size:], embeddings[:size].mean(0).expand(11, -1))
+    assert model.config.vocab_size == len(tok) == size + 11
     for name, weight in model.named_parameters():  # experts are copies, and a learning rate of 0 keeps them
         assert torch.equal(weight, model.get_parameter(name.replace("_ve.", ".")))
     (llm / "tokenizer.model").rename(llm / "tokenizer.json")
     assert train_evip.main([*flags, "--resume=never"]) == 1
     assert "tokenizer.json only" in capsys.readouterr().err
-
-
-@slow
-def test_compiled_layers_have_the_loss_and_gradients_of_the_others(monkeypatch):
-    compile_ = torch.nn.Module.compile             # dynamo alone: the C++ compiler takes minutes
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compile_(self, backend="eager", **o))
-    ids, pixels, mask = batch_of([[False, True, False, False, True], [False] * 3], "right")
-    results = []
-    for compiled, flags in ((False, tiny_flags()), (True, tiny_flags(compile=True))):
-        model = train_evip.distribute(tiny(num_hidden_layers=1), flags)
-        assert (model.language_model.model.layers[0]._compiled_call_impl is not None) == compiled
-        loss = model(ids, pixels, mask, ids.where(mask == 1, IGNORED))[1]
-        results.append({"loss": loss, **gradients(model, loss)})
-    assert_close(*results)
 
 
 @slow
@@ -3579,6 +3496,5 @@ def test_torchrun_starts_it(lessons, tmp_path):
                           "--device=cpu"],
                          cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
-    assert "2 process(es), cpu" in run.stdout and run.stdout.count("holds") == 0
-    assert re.search(r"S2 .* 2 +16 +1e-03", run.stdout)                    # the table's batch, in halves
+    assert "2 process(es), cpu" in run.stdout and re.search(r"S2 .* 2 +16 +1e-03", run.stdout)
     assert [step for _, step, *_ in steps_logged(tmp_path)] == [0, 1]
