@@ -3410,16 +3410,13 @@ def test_problems_of_one_process_stop_all_and_leave_the_earlier_checkpoints_usab
     assert train(out, *flags, "--parallel=fsdp", world=2) == [0, 0]
     assert [step for _, step, *_ in steps_logged(out)] == [0, 1, 2, 3]
 
-    # half of the samples cannot be read, all of them by one process
-    shutil.copytree(lessons, tmp_path / "bad")
-    (tmp_path / "bad" / "good.png").write_bytes(b"no picture")
-    out, flags = tmp_path / "bad" / "out", [*lessons_of(tmp_path / "bad", "S2"), *flags[4:]]
-    assert train(out, *flags, "--max_bad=0.1", world=2) == [1, 1]
+    out, half_unreadable = tmp_path / "bad", write_conversations(tmp_path, 12, 12)
+    assert train(out, f"--data={half_unreadable}", *flags[1:], "--max_bad=0.1", world=2) == [1, 1]
     for rank, log in enumerate(("log.jsonl", "log.rank1.jsonl")):
         error = Path(f"{out}.err{rank}").read_text()
         assert "samples are unreadable; --max_bad 0.1 allows fewer" in error and "Traceback" not in error
         named = [e["error"] for e in map(json.loads, (out / log).open()) if "error" in e]
-        assert named and all("good.png" in error for error in named) and len(set(named)) == len(named)
+        assert named and all("bad.png" in error for error in named) and len(set(named)) == len(named)
 
 
 def test_only_flags_that_change_nothing_learned_may_differ_when_a_run_continues(tmp_path):
