@@ -483,6 +483,8 @@ def test_an_unknown_back_end_is_named():
 @law
 @given(visual_rows(max_rows=4), st.sampled_from(["left", "right", "between", "packed", "packed"]),
        st.sampled_from(list(ROPE)), st.integers(0, 3))
+@example([[False] * 9, [False, True, False]], "packed", "dynamic", 0)      # one is longer than trained,
+@example([[False] * 9, [False, True, False]], "left", "dynamic", 0)        # its neighbour is not
 def test_a_sample_in_a_padded_or_packed_row_is_as_if_alone(rows, layout, rope, first):
     """Logits, losses and rotary positions are those of the sample alone, whatever the others are."""
     # 6 trained positions: with dynamic RoPE, the samples of a batch differ in their base
