@@ -27,7 +27,6 @@ import shlex
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
@@ -1304,14 +1303,6 @@ def test_pixels_are_the_official_ones(tmp_path):
             load_image(image, most)
 
 
-def png(width: int, height: int) -> bytes:
-    """A PNG of 60 bytes that says it is that large."""
-    def chunk(content):
-        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
-    header = chunk(b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT" + zlib.compress(b"")) + chunk(b"IEND")
-
-
 # ---------------------------------------------------------------- training samples from files
 
 def write_meta(folder: Path, lines: list, **entry) -> Path:
@@ -1518,9 +1509,10 @@ WRONG = {
         *(("image", file, "leads out of the image folder") for file in ("../a.jsonl", PICTURE, "link.png")),
         *((line, "a.jsonl:1: not JSON") for line in (b"{bad", b"1" * 5000, b"[" * 100_000)),
         (b"[1]", "a.jsonl:1: .* is not an object")],
-    "img/a.png": [(content, f"a.jsonl:1: .*a.png is {message}") for content, message in (
-        (b"hello", "not a readable image"), (png(10_000, 10_000), "(10000 x 10000|.*DecompressionBomb)"),
-        (png(100_000, 100_000), "not a readable image: DecompressionBombError"))],
+    "img/a.png": [                                 # two are a header alone, of a huge picture
+        (b"hello", "a.jsonl:1: .*a.png is not a readable image"),
+        (b"P6 10000 10000 255\n", "a.jsonl:1: .*a.png is (10000 x 10000|.*DecompressionBomb)"),
+        (b"P6 100000 100000 255\n", "a.png is not a readable image: DecompressionBombError")],
     "s.tar": [(gzip.compress(b""), "s.tar is no complete, uncompressed .tar")]}
 
 
@@ -2389,21 +2381,6 @@ def test_the_official_checkpoint_gives_the_same_logits_and_tokens_with_the_kerne
         assert dtype != torch.float32 or tokens == expected_tokens
 
 
-@on_every_device
-def test_under_autocast_a_model_with_the_kernel_rounds_no_more_than_without(device):
-    model, results = tiny().to(device), {}
-    ids, pixels, mask = to(device, batch_of([[False, True, True, False], [True, False]]))
-    for name in ("exact", "torch", "cuda"):
-        model.moe = "torch" if name == "exact" else name
-        with torch.autocast(device, torch.bfloat16, enabled=name != "exact"):
-            _, loss = model(ids, pixels, mask, ids)
-        grads = gradients(model, loss)
-        assert {g.dtype for g in grads.values()} == {torch.float32}          # that of the parameters
-        results[name] = torch.cat([g.flatten() for g in grads.values()])
-    error = {name: (grad - results["exact"]).norm() for name, grad in results.items()}
-    assert 0 < error["cuda"] < 1.5 * error["torch"] < 0.1 * results["exact"].norm()
-
-
 @pytest.mark.slow
 def test_torch_compile_takes_a_model_with_the_kernel():
     model, (ids, pixels, mask) = tiny(), batch_of([[False, True, True, False], [True, False]])
@@ -2565,7 +2542,7 @@ def test_every_planted_bug_is_found(tmp_path):
     text, compilers, passed = (HERE / "moe_kernel.cu").read_text(), [], {}
     for name, (original, bug) in PLANTED_BUGS.items():
         assert not original or text.count(original) == 1, original
-        (tmp_path / f"{name}.cu").write_text(text.replace(original, bug) if original else text)
+        (tmp_path / f"{name}.cu").write_text(text.replace(original, bug))
         flags = ["-O1"] if original else ["-O1", "-DCUDA_ON_CPU_UCONTEXT"]
         compilers.append(compile_with_gcc(tmp_path / f"{name}.cu", tmp_path / f"{name}.so", *flags))
     for name, compiler in zip(PLANTED_BUGS, compilers, strict=True):
