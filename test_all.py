@@ -1080,12 +1080,32 @@ def test_a_checkpoint_loads_in_half_precision_and_stays_close(golden, tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_damaged_optimizer_state_is_one_line_that_names_it(tmp_path):
-    checkpoint.save_training(tmp_path, 5, Path.mkdir, {"exp_avg.w": torch.ones(3)}, {}, keep=1)
-    [file] = (tmp_path / "step-0000005/optimizer").iterdir()
+def test_checkpoints_within_a_stage_restore_everything_and_only_the_newest_stay(tmp_path, monkeypatch):
+    def save(step, save_model=Path.mkdir):
+        torch.manual_seed(step)
+        checkpoint.save_training(tmp_path, step, save_model, {"mean": torch.full((2, 3), float(step))},
+                                 {"log": 10 * step}, keep=2)
+        return torch.rand(3)
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    *_, expected = save(8), save(9), save(10)
+    with pytest.raises(InputError, match="checkpoint of step 11 cannot be written.*No space left.*make room"):
+        save(11, full)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000009", "step-0000010"]
+    newest, restored = checkpoint.newest_partial(tmp_path), {"mean": torch.zeros(2, 3)}
+    state = checkpoint.load_training(newest, restored)
+    assert (state["step"], state["log"], restored["mean"].tolist()) == (10, 100, [[10.0] * 3] * 2)
+    assert torch.equal(torch.rand(3), expected)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"saved by 1 process\(es\).*--init_from .*step-0000010/model"):
+        checkpoint.load_training(newest, restored)
+    monkeypatch.delenv("WORLD_SIZE")
+    [file] = (newest / "optimizer").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(InputError, match=f"^{file.parent} is damaged or incomplete .*$"):
-        checkpoint.load_training(tmp_path / "step-0000005", {"exp_avg.w": torch.zeros(3)})
+    with pytest.raises(InputError, match=f"^{newest}/optimizer is damaged or incomplete .*$"):
+        checkpoint.load_training(newest, restored)
 
 
 # ---------------------------------------------------------------- starting from a language model
