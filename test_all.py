@@ -26,7 +26,6 @@ import shlex
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
@@ -482,6 +481,8 @@ def test_an_unknown_back_end_is_named():
 @law
 @given(visual_rows(max_rows=4), st.sampled_from(["left", "right", "between", "packed", "packed"]),
        st.sampled_from(list(ROPE)), st.integers(0, 3))
+@example([[False] * 9, [False, True, False]], "packed", "dynamic", 0)      # one is longer than trained,
+@example([[False] * 9, [False, True, False]], "left", "dynamic", 0)        # its neighbour is not
 def test_a_sample_in_a_padded_or_packed_row_is_as_if_alone(rows, layout, rope, first):
     """Logits, losses and rotary positions are those of the sample alone, whatever the others are."""
     # 6 trained positions: with dynamic RoPE, the samples of a batch differ in their base
@@ -1023,7 +1024,6 @@ def test_an_official_checkpoint_survives_loading_and_saving_bitwise_in_shards_of
         sizes = [[t.nbytes for t in shard.values()] for shard in shards.values()]
         assert all(sum(size) <= limit or len(size) == 1 for size in sizes)
         assert all(sum(one) + sum(next_) > limit for one, next_ in itertools.pairwise(sizes))
-        assert len(shards) == {10 ** 9: 1, 1: len(original)}.get(limit, len(shards))
         index = {"model.safetensors.index.json"} if len(shards) > 1 else set()
         assert contents_of(tmp_path).keys() == {"config.json", "card.safetensors.txt", *shards} | index
         for file in index:
@@ -1065,32 +1065,26 @@ def test_every_config_field_survives_the_official_nested_json(tmp_path):
     assert written.keys() - official.keys() == {"img_context_token_id"}
 
 
-def test_a_checkpoint_loads_in_half_precision_and_stays_close(golden, tmp_path):
+@on_every_device
+@pytest.mark.parametrize("moe", ["torch", "cuda"])
+def test_a_checkpoint_loads_in_half_precision_and_stays_close(golden, tmp_path, device, moe):
     MonoInternVL.from_pretrained(OFFICIAL_TINY, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    model = MonoInternVL.from_pretrained(tmp_path, dtype=None)             # as the files have it
-    model.config.img_context_token_id = 120
+    model = MonoInternVL.from_pretrained(tmp_path, None, device)           # the dtype of the files
+    model.moe, model.config.img_context_token_id = moe, 120
     with torch.no_grad():
-        logits, _ = model(golden["batch.input_ids"], golden["batch.pixel_values"])
+        logits, _ = model(*to(device, [golden["batch.input_ids"], golden["batch.pixel_values"]]))
     theirs = golden["batch.logits"]
     assert {p.dtype for p in [logits, *model.parameters()]} == {torch.bfloat16}
-    assert_close(logits.float(), theirs, rtol=0, atol=0.03 * theirs.abs().max().item())
+    assert_close(logits.cpu().float(), theirs, rtol=0, atol=0.03 * theirs.abs().max().item())
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_the_state_of_a_training_run_comes_back_bitwise_and_only_the_newest_are_kept(tmp_path):
-    for step in (5, 20, 100):
-        moments = {"exp_avg.w": torch.randn(3, 4), "step.w": torch.tensor(float(step))}
-        checkpoint.save_training(tmp_path, step, Path.mkdir, moments, {"order": [step]}, keep=2)
-    random_numbers, newest = torch.rand(3), checkpoint.newest_partial(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000020", "step-0000100"]
-    restored = {name: torch.zeros_like(t) for name, t in moments.items()}
-    state = checkpoint.load_training(newest, restored)
-    assert (state["step"], state["order"]) == (100, [100]) and torch.equal(torch.rand(3), random_numbers)
-    assert all(torch.equal(restored[name], t) for name, t in moments.items())
-    [file] = (newest / "optimizer").iterdir()
+def test_a_damaged_optimizer_state_is_one_line_that_names_it(tmp_path):
+    checkpoint.save_training(tmp_path, 5, Path.mkdir, {"exp_avg.w": torch.ones(3)}, {}, keep=1)
+    [file] = (tmp_path / "step-0000005/optimizer").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(InputError, match=f"^{newest}/optimizer is damaged or incomplete .*$"):
-        checkpoint.load_training(newest, restored)
+    with pytest.raises(InputError, match=f"^{file.parent} is damaged or incomplete .*$"):
+        checkpoint.load_training(tmp_path / "step-0000005", {"exp_avg.w": torch.zeros(3)})
 
 
 # ---------------------------------------------------------------- starting from a language model
@@ -1154,7 +1148,6 @@ def test_a_tied_llama_gets_a_head_new_rows_at_the_mean_and_a_config_must_have_it
     assert torch.equal(embedding, head) and embedding.data_ptr() != head.data_ptr()
     assert embedding.shape == (51, 32) and torch.equal(embedding[:48], old)
     assert_close(embedding[48:], old.mean(0).expand(3, -1))
-    assert MonoInternVL.from_llm(tmp_path).config.attn_experts == "qkvo"   # without a config of ours
     for field, value in (("hidden_size", 64), ("intermediate_size", 8), ("num_hidden_layers", 3),
                          ("rms_norm_eps", 0.1), ("num_attention_heads", 8), ("num_key_value_heads", 2),
                          ("rope_theta", 1e6), ("rope_scaling", ROPE["linear"]), ("vocab_size", 47)):
@@ -1200,13 +1193,9 @@ def test_special_tokens_and_the_system_message_are_read_from_the_folder(tmp_path
         TOK.decode([491])
 
 
-@given(st.lists(st.one_of(PLAIN, st.sampled_from(sorted(TOK.special_tokens)))).map("".join))
-def test_any_text_survives_encoding_and_decoding(text):
-    assert TOK.decode(TOK.encode(text, bos=False), skip_special_tokens=False) == text
-
-
-@given(PLAIN, st.lists(st.integers(0, len(TOK) - 1)))
-def test_a_stream_shows_each_character_once_it_is_complete_and_u_fffd_for_what_is_no_utf8(text, ids):
+@given(st.lists(st.one_of(PLAIN, st.sampled_from(sorted(TOK.special_tokens)))).map("".join),
+       st.lists(st.integers(0, len(TOK) - 1)))
+def test_any_text_comes_back_each_character_once_it_is_complete_and_u_fffd_is_for_what_is_no_utf8(text, ids):
     stream, shown, fed = TextStream(TOK, skip_special_tokens=False), "", b""
     for token in TOK.encode(text, bos=False):
         shown, fed = shown + stream.push(token), fed + TOK.bytes[token]
@@ -1268,7 +1257,6 @@ def test_tilings_are_the_official_ones(monkeypatch):
         sizes.append(size)
         return Image.new("RGB", size)
     monkeypatch.setattr(Image.Image, "resize", resize)
-    assert len(CASES["tiling"]) == 184
     for case in CASES["tiling"]:
         side, image = case["image_size"], Image.new("RGB", (case["width"], case["height"]))
         with_thumbnail = len(tile_image(image, case["max_num"], side))
@@ -1303,7 +1291,6 @@ def test_the_closest_grid_within_the_limits_is_cut_row_by_row_and_a_thumbnail_fo
 def test_pixels_are_the_official_ones(tmp_path):
     case, expected = CASES["picture"], load_file(OFFICIAL_DATA / "picture_pixels.safetensors")["pixel_values"]
     pixels = load_image(OFFICIAL_DATA / case["file"], case["max_num"], case["image_size"])
-    assert pixels.dtype == torch.float32 and len(pixels) == case["n_tiles"]
     # Below 4, float16 rounds by at most 2**-10; one grey level is 1 / 255 / 0.229 = 0.017: no pixel differs.
     assert_close(pixels, expected.float(), atol=2 ** -10, rtol=0)
     exif = Image.Exif()
@@ -1317,19 +1304,6 @@ def test_pixels_are_the_official_ones(tmp_path):
     for image, most, message in ((Image.new("RGB", (0, 5)), 1, "0 x 5 pixels"), (PICTURE, 0, "max_tiles 0")):
         with pytest.raises(InputError, match=message):
             load_image(image, most)
-
-
-def png(width: int, height: int) -> bytes:
-    """A PNG of 60 bytes that says it is that large."""
-    def chunk(content):
-        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
-    header = chunk(b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT" + zlib.compress(b"")) + chunk(b"IEND")
-
-
-def write_bad_images(folder: Path):
-    (folder / "cut.png").write_bytes(Path(PICTURE).read_bytes()[:2000])
-    (folder / "huge.png").write_bytes(png(100_000, 100_000))
 
 
 # ---------------------------------------------------------------- training samples from files
@@ -1491,9 +1465,8 @@ WRONG = {
         ("tie_word_embeddings", True), ("ps_version", "v1"), ("force_image_size", 8),
         ("num_attention_heads", 16, "hidden_size"), ("patch_size", 3, "image_size"),
         ("hidden_size", 2 ** 31, "sizes cannot be built"), (None, "does not exist; expected a checkpoint"),
-        *((text, "is not readable JSON") for text in (b"", b"{", b"\xed\xa0", b"[" * 50_000)),
-        (b"[1]", "holds a JSON list, expected an object"), (b"{}", "no field llm_config.vocab_size"),
-        (b'{"llm_config": [1]}', "no field llm_config.vocab_size")],
+        *((text, "is not readable JSON") for text in (b"\xed\xa0", b"[" * 50_000)),
+        (b"[1]", "holds a JSON list"), (b'{"llm_config": [1]}', "no field llm_config.vocab_size")],
     "model.safetensors.index.json": [
         (None, "model.safetensors does not exist"),
         *(("weight_map", value) for value in (None, [], {"a": 3}, {"a": "../a"}, {"a": "/etc/passwd"}))],
@@ -1539,9 +1512,10 @@ WRONG = {
         *(("image", file, "leads out of the image folder") for file in ("../a.jsonl", PICTURE, "link.png")),
         *((line, "a.jsonl:1: not JSON") for line in (b"{bad", b"1" * 5000, b"[" * 100_000)),
         (b"[1]", "a.jsonl:1: .* is not an object")],
-    "img/a.png": [(content, f"a.jsonl:1: .*a.png is {message}") for content, message in (
-        (b"hello", "not a readable image"), (png(10_000, 10_000), "(10000 x 10000|.*DecompressionBomb)"),
-        (png(100_000, 100_000), "not a readable image: DecompressionBombError"))],
+    "img/a.png": [                                 # two are a header alone, of a huge picture
+        (b"hello", "a.jsonl:1: .*a.png is not a readable image"),
+        (b"P6 10000 10000 255\n", "a.jsonl:1: .*a.png is (10000 x 10000|.*DecompressionBomb)"),
+        (b"P6 100000 100000 255\n", "a.png is not a readable image: DecompressionBombError")],
     "s.tar": [(gzip.compress(b""), "s.tar is no complete, uncompressed .tar")]}
 
 
@@ -1649,8 +1623,7 @@ class Flags:
     ("--setps 4", "unknown argument --setps; did you mean --steps?"), ("--step 4", "did you mean --steps?"),
     ("--top-k=4", "unknown argument --top-k; did you mean --top_k?"), ("--xyz", "unknown argument --xyz "),
     ("--steps x", "invalid int value"), ("--moe fast", "invalid choice"), ("--help", "{auto,dense}"),
-    ("--help", "how many, 100% of them (default: 3)"), ("--help", "--lr LR lr (default: 0.001)"),
-    ("--help", "--no-compile"), ("--help", "top_k (default: None)"), ("--help", "files (default: [])")])
+    ("--help", "how many, 100% of them (default: 3)"), ("--help", "--no-compile")])
 def test_flags_keep_types_and_have_help_and_a_wrong_one_exits_with_the_nearest_name(argv, expected, capsys):
     if isinstance(expected, Flags):
         assert parse_flags(Flags, argv.split()) == expected
@@ -1677,15 +1650,11 @@ class Samples(list):
         return super().__getitem__(i)
 
 
-def drawn(batches, n) -> list[list]:
-    """The ids of the next n batches."""
-    return [batch["ids"] for batch in itertools.islice(batches, n)]
-
-
 def test_epochs_and_seeds_differ_and_too_many_bad_samples_or_another_order_are_refused(capsys):
     def ids(n, bad=(), dataset=None, **options):
         options = {"batch_size": 1, "pad_token_id": 0, "pool": 1, **options}
-        return sum(drawn(Batches(dataset or Samples([9] * 10, bad), **options), n), [])
+        batches = Batches(dataset or Samples([9] * 10, bad), **options)
+        return [i for batch in itertools.islice(batches, n) for i in batch["ids"]]
     assert len({*map(tuple, (ids(10), ids(20)[10:], ids(10, seed=1), range(10)))}) == 4
 
     class Endless:
@@ -1703,7 +1672,7 @@ def test_epochs_and_seeds_differ_and_too_many_bad_samples_or_another_order_are_r
                                      (21, 2000, 10 ** 6, 0), (1, 50, 100, 1), (2, 50, 100, 0)):
         assert (data.too_many_bad(bad, seen, size, 0.01) is None) == allowed
     options = {"dataset": Samples([9] * 10), "batch_size": 2, "pad_token_id": 0, "pool": 3, "world_size": 2}
-    drawn(source := Batches(**options), 1)
+    next(iter(source := Batches(**options)))
     for name, value in (("batch_size", 3), ("pool", 2), ("pack_tokens", 99), ("seed", 1), ("rank", 1),
                         ("world_size", 1), ("dataset", Samples([9] * 11)),
                         ("dataset", Samples([9] * 10, range(10)))):    # now unreadable
@@ -2332,7 +2301,7 @@ def test_operators_pass_opcheck(device, n):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"x": torch.zeros(3, 12), "w": torch.zeros(8, 12)}, "multiples of 8"),
+    ({"x": torch.zeros(3, 12), "w": torch.zeros(8, 12)}, "multiples of 8.*torch back end"),
     ({"w": torch.zeros(12, 16)}, "multiples of 8"), ({"w_visual": torch.zeros(16, 16)}, "weights"),
     ({"w_visual": torch.zeros(8, 16).half()}, "float16"), ({"w2": torch.zeros(16, 24)}, "weights"),
     ({"x": torch.zeros(3, 16).double(), "w": torch.zeros(8, 16).double()}, "float64"),
@@ -2347,56 +2316,12 @@ def test_what_the_kernel_cannot_do_is_a_clear_error(change, message):
              "counts": torch.tensor([3, 0]), "labels": torch.zeros(3, dtype=torch.uint8), **change}
     x, w, *routed, labels = (given[name] for name in ("x", "w", "rows", "counts", "labels"))
     visual, w2 = given.get("w_visual", w), given.get("w2", w.T)
-    for function, call in (("linear", lambda: moe_kernel.linear(x, w, visual, *routed)),
-                           ("swiglu", lambda: moe_kernel.swiglu(x, (w, w, w2), (w, visual, w2), *routed)),
-                           ("route", lambda: moe_kernel.route(labels))):
-        concerned = function == ("route" if "labels" in change else "swiglu" if "w2" in change else function)
-        concerned &= function != "route" or "labels" in change
-        with pytest.raises(InputError, match=message) if concerned else contextlib.nullcontext():
-            call()
-
-
-# ---------------------------------------------------------------- the kernel: the whole model
-
-@on_every_device
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_official_checkpoint_gives_the_same_logits_and_tokens_with_the_kernel(golden, device, dtype):
-    model = MonoInternVL.from_pretrained(OFFICIAL_TINY, dtype, device)
-    model.config.img_context_token_id = 120
-    for name in ("prefill", "batch", "long", "text"):
-        inputs = to(device, [golden[f"{name}.input_ids"], golden.get(f"{name}.pixel_values")])
-        if name == "batch":                        # pads, and text rows beside visual ones
-            inputs.append(torch.ones_like(inputs[0]))
-            inputs[2][:, 0] = 0
-        results = {}
-        for model.moe in ("torch", "cuda"):
-            with torch.no_grad():
-                results[model.moe] = model(*inputs)[0].float(), stream(model, *inputs, max_new_tokens=6)
-        (logits, tokens), (expected, expected_tokens) = results["cuda"], results["torch"]
-        scale = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-        assert_close(logits, expected, rtol=0, atol=scale * expected.abs().max().item())
-        assert dtype != torch.float32 or tokens == expected_tokens
-
-
-@on_every_device
-def test_autocast_reaches_the_kernel_and_rounds_no_more_than_it_does_elsewhere(device):
-    x, w, rows, counts = to(device, (torch.randn(6, 32), torch.randn(8, 32), torch.arange(6),
-                                     torch.tensor([3, 3])))
-    with torch.autocast(device, torch.bfloat16):
-        assert moe_kernel.linear(x, w, w, rows, counts).dtype == F.linear(x, w).dtype == torch.bfloat16
-        assert moe_kernel.swiglu(x, (w, w, w.T), (w, w, w.T), rows, counts).dtype == torch.bfloat16
-    assert moe_kernel.linear(x, w, w, rows, counts).dtype == torch.float32
-    model, results = tiny().to(device), {}
-    ids, pixels, mask = to(device, batch_of([[False, True, True, False], [True, False]]))
-    for name in ("exact", "torch", "cuda"):
-        model.moe = "torch" if name == "exact" else name
-        with torch.autocast(device, torch.bfloat16, enabled=name != "exact"):
-            _, loss = model(ids, pixels, mask, ids)
-        grads = gradients(model, loss)
-        assert {g.dtype for g in grads.values()} == {torch.float32}          # that of the parameters
-        results[name] = torch.cat([g.flatten() for g in grads.values()])
-    error = {name: (grad - results["exact"]).norm() for name, grad in results.items()}
-    assert 0 < error["cuda"] < 1.5 * error["torch"] < 0.1 * results["exact"].norm()
+    calls = {"linear": lambda: moe_kernel.linear(x, w, visual, *routed),
+             "swiglu": lambda: moe_kernel.swiglu(x, (w, w, w2), (w, visual, w2), *routed),
+             "route": lambda: moe_kernel.route(labels)}
+    for name in ["route"] if "labels" in change else ["swiglu"] if "w2" in change else ["linear", "swiglu"]:
+        with pytest.raises(InputError, match=message):
+            calls[name]()
 
 
 @pytest.mark.slow
@@ -2406,13 +2331,6 @@ def test_torch_compile_takes_a_model_with_the_kernel():
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(ids, pixels, mask)[0], model(ids, pixels, mask)[0])
-
-
-def test_widths_that_the_kernel_cannot_take_are_one_error_that_names_another_back_end():
-    model, (ids, pixels, mask) = tiny(intermediate_size=20), batch_of([[False, True]])
-    model.moe = "cuda"
-    with pytest.raises(InputError, match="multiples of 8.*torch back end"):
-        model(ids, pixels, mask)
 
 
 # ---------------------------------------------------------------- the kernel: the build
@@ -2567,7 +2485,7 @@ def test_every_planted_bug_is_found(tmp_path):
     text, compilers, passed = (HERE / "moe_kernel.cu").read_text(), [], {}
     for name, (original, bug) in PLANTED_BUGS.items():
         assert not original or text.count(original) == 1, original
-        (tmp_path / f"{name}.cu").write_text(text.replace(original, bug) if original else text)
+        (tmp_path / f"{name}.cu").write_text(text.replace(original, bug))
         flags = ["-O1"] if original else ["-O1", "-DCUDA_ON_CPU_UCONTEXT"]
         compilers.append(compile_with_gcc(tmp_path / f"{name}.cu", tmp_path / f"{name}.so", *flags))
     for name, compiler in zip(PLANTED_BUGS, compilers, strict=True):

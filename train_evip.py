@@ -129,38 +129,34 @@ class Flags:
     preset: str = flag("tiny", "which table of stages: tiny, 2b or llava_sft", choices=list(PRESETS))
     stages: list[str] = flag([], "stages to run, e.g. S1.3 S2 (default: all)")
     out: str | None = flag(None, "folder of the run (default: out/RECIPE or out/RECIPE-PRESET)")
-    init_from: str | None = flag(None, "Mono-InternVL, InternLM2 or Llama-layout folder to start "
-                                 "from (default: the stage before, or nothing)")
+    init_from: str | None = flag(None, "folder to start from: a Mono-InternVL, InternLM2 or Llama layout")
     data: str | None = flag(None, "meta.json of your own data (default: the embedded world)")
-    batch_size: int | None = flag(None, "samples per forward pass and process (default: 16 or, for a billion "
-                                  "parameters, 4; at most the table's batch)")
-    grad_accum: int | None = flag(None, "forward passes per optimizer step (default: what makes the table's "
-                                  "batch on any number of processes)")
+    batch_size: int | None = flag(None, "samples per forward pass and process (default: 16, big models 4)")
+    grad_accum: int | None = flag(None, "forward passes per step (default: what makes the table's batch)")
     pack: bool = flag(False, "pack samples into rows of max_tokens; batches then count rows")
-    pool: int = flag(8, "so many batches are drawn and sorted by length together; 1: none, a random order")
+    pool: int = flag(8, "batches that are drawn and sorted by length together; 1 keeps the random order")
     workers: int = flag(0, "processes that read samples ahead, for each training process")
     steps: int | None = flag(None, "optimizer steps of each stage (default: as in the table)")
     lr: float | None = flag(None, "peak learning rate of each stage (default: as in the table)")
-    warmup: float = flag(0.03, "part of the steps over which the learning rate rises")
+    warmup: float = flag(0.03, "fraction of the steps over which the learning rate rises")
     weight_decay: float = flag(0.01, "AdamW's, on matrices")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     max_tokens: int | None = flag(None, "longest sample (default: as in the table, or the model's context)")
-    max_bad: float = flag(0.01, "part of the samples that may be unreadable before training stops")
+    max_bad: float = flag(0.01, "fraction of the samples that may be unreadable before training stops")
     seed: int = flag(0, "of weights, samples and their order")
     device: str = flag("auto", "cpu, cuda, ...; auto is cuda if there is one")
-    dtype: str = flag("auto", "of the forward pass and of frozen weights; what trains stays float32; auto: "
-                      "bfloat16 on GPUs that have it",
+    dtype: str = flag("auto", "of the forward pass and of frozen weights; auto: bfloat16 if the GPU has it",
                       choices=["auto", "float32", "bfloat16"])
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
-    parallel: str = flag("auto", "several processes: ddp, each holds all; fsdp, each holds a share; auto: "
-                         "fsdp from a billion parameters on", choices=["auto", "ddp", "fsdp"])
-    recompute: str = flag("auto", "of a layer keep the input only, and run it twice; auto: from a billion "
-                          "parameters on", choices=["auto", "on", "off"])
+    parallel: str = flag("auto", "ddp copies the model to each process, fsdp shards it; auto: big models",
+                         choices=["auto", "ddp", "fsdp"])
+    recompute: str = flag("auto", "run layers twice instead of keeping their results; auto: of big models",
+                          choices=["auto", "on", "off"])
     compile: bool = flag(False, "torch.compile the layers")
-    resume: str = flag("auto", "auto: go on with a run of this out folder that was interrupted; never: start "
-                       "anew", choices=["auto", "never"])
+    resume: str = flag("auto", "auto continues an interrupted run, never starts from the beginning",
+                       choices=["auto", "never"])
     save_every: int = flag(500, "optimizer steps between checkpoints within a stage")
-    keep: int = flag(2, "so many of them are kept")
+    keep: int = flag(2, "how many of these checkpoints are kept")
     peak_tflops: float | None = flag(None, "of one device, for MFU (default: a matrix product is measured)")
     dry_run: bool = flag(False, "only print the stages, the predicted memory and a batch")
     eval_questions: int = flag(100, "held-out questions per task at the end")
@@ -174,6 +170,7 @@ FREE_TO_CHANGE = {"out", "device", "moe", "workers", "parallel", "recompute", "c
 # ---------------------------------------------------------------- what a stage trains, and where
 
 def is_big(model: MonoInternVL) -> bool:
+    """Big models are sharded, recompute their layers, and take fewer samples at a time."""
     return sum(p.numel() for p in model.parameters()) > 1e9
 
 
@@ -594,11 +591,10 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
         print("\nMemory per device in GB for the longest batch (activations are estimated)"
               + (f", and hours if\nevery sample were the longest at {flags.peak_tflops:g} TFLOP/s a device"
                  if flags.peak_tflops else "") + ":")
-        shapes = shapes_of(model)
+        shapes, speed = shapes_of(model), processes * (flags.peak_tflops or math.nan) * 1e12
         for stage in stages:
             trained, longest = trainable_names(model, stage), token_limit(config, stage, flags)
             flop = budget.sample_flop(shapes, trained, config, longest, stage.max_tiles)
-            speed = processes * (flags.peak_tflops or math.nan) * 1e12
             budget.print_plan(stage.name, sum(math.prod(shapes[name]) for name in trained),
                               memory_plan(model, stage, flags, processes),
                               (flags.steps or stage.steps) * stage.batch * flop / speed)
@@ -700,10 +696,9 @@ def finish(out: Path, flags: Flags, ask: bool, report: dict, started: float):
         print_table(report["tasks"])
     report["seconds"] = time.time() - started
     (out / "results.json").write_text(json.dumps(report, indent=2))
-    print(f"\n{report['seconds']:.0f} s. {out}/ has a checkpoint of each stage, results.json, log.jsonl, "
-          "loss.png")
+    print(f"\n{report['seconds']:.0f} s. {out}/ has a checkpoint of each stage, the log and the pictures.")
     if ask:
-        print("and predictions.png. Ask it: python sample.py --image FILE --prompt \"Describe the image.\"")
+        print("Ask it: python sample.py --image FILE --prompt \"Describe the image.\"")
 
 
 def run(flags: Flags):
