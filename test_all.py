@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import re
 import resource
@@ -1768,8 +1767,8 @@ SAMPLING = [{}, {"repetition_penalty": 5.0}, {"temperature": 0.3, "seed": 0},
 
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory) -> str:
-    """A checkpoint folder with the official tokenizer and two pictures, of 3 tiles and of 1. The weights are
-    large: one more word or picture in the prompt changes the answer, and both end tokens occur."""
+    """A checkpoint folder with two pictures, of 3 tiles and of 1. The weights are large: one more word or
+    picture in the prompt changes the answer, and both end tokens occur."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
     model = MonoInternVL(SMALL)
@@ -1778,8 +1777,7 @@ def saved_model(tmp_path_factory) -> str:
         for p in model.language_model.model.layers.parameters():
             p.mul_(4 if p.ndim > 1 else 1)
     model.save_pretrained(folder)
-    for name in ("tokenizer.model", "added_tokens.json", "tokenizer_config.json", "picture.png"):
-        shutil.copy(OFFICIAL_DATA / name, folder)
+    shutil.copytree(OFFICIAL_DATA, folder, dirs_exist_ok=True)
     Image.new("RGB", (56, 56), "red").save(folder / "red.png")
     return str(folder)
 
@@ -1805,10 +1803,6 @@ def listen(patch, scripts=()) -> list:
     return calls
 
 
-def flags_of(options: dict) -> list[str]:
-    return [f"--{name}={value}" for name, value in options.items()]
-
-
 @functools.cache
 def answer_alone(folder: str, turns: tuple, images: tuple, **options) -> str:
     """What the model answers to the last turn of a conversation, asked without sample.py."""
@@ -1831,25 +1825,13 @@ ASKED = [                                          # a line of a file of questio
      ("<image>\nWhat?", "Red.", "Sure?"), ("red.png",))]                   # its last answer is not shown
 
 
-@pytest.mark.parametrize("options", SAMPLING)
-def test_the_answer_is_what_the_model_generates(saved_model, monkeypatch, capsys, options):
-    monkeypatch.chdir(saved_model)
-    for line, read, images in ASKED:
-        if "question" in line:
-            argv = ["--image", *images] * bool(images) + ["--prompt", line["question"], *flags_of(options)]
-            assert sample.main(["--model", ".", "--max_new_tokens", "9", *argv]) == 0
-            expected = answer_alone(saved_model, read, images, max_new_tokens=9, **options)
-            assert capsys.readouterr() == (expected + "\n", "")
-
-
 @pytest.mark.parametrize("answer, shown", [
-    ("ü<|im_end|>x", "ü"), ("ü</s>x", "ü"), ("<ref>cat</ref><box>[[1, 2]]</box><|im_end|>", None),
-    (TOK.encode("ü", bos=False)[:1] + [ENDS[0]], "\ufffd"),                # cut inside of a character
-    (TOK.encode("half", bos=False) + [KeyboardInterrupt], "half")])
+    ("ü<|im_end|>x", "ü"), ("ü</s>x", "ü"), ("<box>[[1, 2]]</box><|im_end|>", "<box>[[1, 2]]</box>"),
+    ([*TOK.encode("ü", bos=False)[:1], KeyboardInterrupt], "\ufffd")])     # inside of a character
 def test_an_answer_is_shown_up_to_its_end_with_all_marks(saved_model, monkeypatch, capsys, answer, shown):
     listen(monkeypatch, [TOK.encode(answer, bos=False) if isinstance(answer, str) else answer])
     assert sample.main(["--model", saved_model, "--prompt", "hi"]) == 0
-    assert capsys.readouterr().out == (shown or answer.removesuffix("<|im_end|>")) + "\n"
+    assert capsys.readouterr() == (shown + "\n", "")
 
 
 def test_flags_reach_the_model_and_the_pictures(saved_model, tmp_path, monkeypatch):
@@ -1857,19 +1839,19 @@ def test_flags_reach_the_model_and_the_pictures(saved_model, tmp_path, monkeypat
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"use_thumbnail": False, "min_dynamic_patch": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    calls = listen(monkeypatch, [[ENDS[0]]] * 4)
-    options = {**SAMPLING[3], "max_new_tokens": 7, "prefill_chunk": 9}
-    for argv in ([], ["--dtype=float16", "--compile"], ["--moe=dense", "--no-cuda_graphs"],
-                 [*flags_of(options), "--max_tiles=2"]):
-        sample.main(["--model", str(tmp_path), "--device=cpu", "--prompt", "hi", "--image", PICTURE, *argv])
+    calls, options = listen(monkeypatch), {**SAMPLING[3], "max_new_tokens": 1, "prefill_chunk": 9}
+    for argv in (["--dtype=float16", "--compile"], ["--moe=dense", "--no-cuda_graphs", "--max_tiles=2"]):
+        sample.main(["--model", str(tmp_path), "--device=cpu", "--prompt", "hi", "--image", PICTURE, PICTURE,
+                     *argv, *(f"--{name}={value}" for name, value in options.items())])
     models = [call.model for call in calls]
     assert [(m.moe, next(m.parameters()).dtype, m.cuda_graphs, m.compile_decode) for m in models] == [
-        ("auto", torch.float32, True, False), ("auto", torch.float16, True, True),
-        ("dense", torch.float32, False, False), ("auto", torch.float32, True, False)]
-    assert isinstance(calls[3].options.pop("kv_cache"), KVCache)
-    assert calls[3].options == {**options, "eos_token_id": ENDS}
-    assert torch.equal(calls[0].pixels, load_image(PICTURE, 6, 56, False, 4))
-    assert torch.equal(calls[3].pixels, load_image(PICTURE, 2, 56, False, 2))
+        ("auto", torch.float16, True, True), ("dense", torch.float32, False, False)]
+    for call, limits in zip(calls, [(6, 56, False, 4), (2, 56, False, 2)], strict=True):
+        tiles, asked = load_image(PICTURE, *limits), data.turns("Image-1: <image>\nImage-2: <image>\nhi")
+        assert call.ids[0].tolist() == encode_conversation(TOK, asked, [len(tiles)] * 2, 4)[0]
+        assert torch.equal(call.pixels, torch.cat([tiles, tiles]))
+        assert isinstance(call.options.pop("kv_cache"), KVCache)
+        assert call.options == {**options, "eos_token_id": ENDS}
 
 
 def test_without_a_model_the_newest_checkpoint_is_taken_and_named(saved_model, tmp_path, monkeypatch, capsys):
@@ -1915,12 +1897,10 @@ def whole_prompt(messages: list[str], answers: list[list[int]], tiles: list[int]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_chat_answers_as_if_it_read_all_again_but_reads_only_what_is_new(saved_model, monkeypatch, capsys,
-                                                                           seed):
+def test_a_chat_asks_with_all_that_was_said_and_reads_what_is_new(saved_model, monkeypatch, capsys, seed):
     """Each line comes with the script of the answer that it gets if the model is asked."""
-    draw, generate = random.Random(seed), MonoInternVL.generate
-    lines = [(line, [InputError("no")] if draw.random() < 0.1 else
-              [OWN] * draw.randint(0, 3) + [draw.choice([*ENDS, KeyboardInterrupt])])
+    draw = random.Random(seed)
+    lines = [(line, [OWN] * draw.randint(0, 3) + [draw.choice([*ENDS, KeyboardInterrupt])])
              for line in draw.choices(list(LINES), LINES.values(), k=14)]
     typed = [line for line, _ in lines] + draw.choice([["/exit", "more"], [KeyboardInterrupt], [EOFError]])
     keyboard = unittest.mock.Mock(side_effect=typed)
@@ -1931,7 +1911,7 @@ def test_a_chat_answers_as_if_it_read_all_again_but_reads_only_what_is_new(saved
     out, err = capsys.readouterr()
     messages, answers, images, waiting, known, asked, errors, said = [], [], [], [], 0, iter(calls), 0, ""
     stats = iter(re.findall("time to first token.*", err))
-    for line, script in lines:
+    for line, _ in lines:
         if line in MISTAKES or "<image>" in line and len(waiting) != 1:
             errors += 1
         elif line == "/clear":
@@ -1939,18 +1919,17 @@ def test_a_chat_answers_as_if_it_read_all_again_but_reads_only_what_is_new(saved
         elif line.startswith("/image"):
             waiting = waiting + re.findall(r"\w+\.png", line)
         elif line:
-            call, marks = next(asked), [f"Image-{i}: <image>\n" for i in range(1, len(waiting) + 1)]
+            marks = [f"Image-{i}: <image>\n" for i in range(1, len(waiting) + 1)]
             marks = [] if "<image>" in line else marks if len(marks) != 1 else ["<image>\n"]
-            tiles, message = [load_image(image, 6, 56) for image in images + waiting], "".join(marks) + line
+            call, message = next(asked), "".join(marks) + line
+            tiles = [load_image(image, 6, 56) for image in images + waiting]
             ids = whole_prompt([*messages, message], answers, [len(t) for t in tiles])
             assert call.ids[0].tolist() == ids
             assert torch.equal(call.pixels, torch.cat(tiles)) if tiles else call.pixels is None
-            if line == LONG or isinstance(script[0], InputError):
+            if line == LONG:
                 errors += 1                        # the message is dropped, its images keep waiting
                 continue
             answer = [t for t, in call.tokens if t not in ENDS]
-            options = {**call.options, "kv_cache": None, "max_new_tokens": len(answer)}
-            assert [int(t) for t in generate(call.model, call.ids, call.pixels, **options)] == answer
             tokens, visual, text, reused, _ = map(int, re.findall(r"(?<![\d.])\d+(?![\d.])", next(stats)))
             assert (tokens, visual) == (len(call.tokens), sum(map(len, tiles)) * SMALL.tokens_per_tile)
             assert visual + text == len(ids) > reused >= known
@@ -1960,9 +1939,8 @@ def test_a_chat_answers_as_if_it_read_all_again_but_reads_only_what_is_new(saved
     assert out == said and next(asked, None) is next(stats, None) is None and err.count("error: ") == errors
 
 
-CANNOT_BE_ASKED = ["{", "[]", "{}", '{"question": 1}', '{"image": "none.png", "question": "?"}',
-                   '{"conversations": []}', '{"image": "../red.png", "question": "?"}',
-                   json.dumps({"question": "x " * 176})]                   # fills the context
+CANNOT_BE_ASKED = ["{", "{}", '{"question": 1}', '{"image": "none.png", "question": "?"}',
+                   '{"conversations": []}', json.dumps({"question": "x " * 176})]      # fills the context
 
 
 def ask_file(folder, model: str, *argv: str) -> tuple[int, list[dict]]:
@@ -1970,7 +1948,7 @@ def ask_file(folder, model: str, *argv: str) -> tuple[int, list[dict]]:
     output = Path(folder) / "answers.jsonl"
     status = sample.main(["--model", model, "--input", f"{folder}/questions.jsonl", "--output", str(output),
                           "--max_new_tokens", "9", *argv])
-    return status, [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    return status, [json.loads(line) for line in output.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -1979,14 +1957,14 @@ def test_a_file_of_questions_gives_what_asking_one_by_one_gives_even_if_it_is_in
     draw, options = random.Random(seed), SAMPLING[seed % len(SAMPLING)]
     lines = [draw.choice(ASKED) if draw.random() < 0.8 else (draw.choice(["", " ", *CANNOT_BE_ASKED]),)
              for _ in range(12)]
-    argv = [f"--batch_size={draw.randint(1, 4)}", *flags_of(options)]
-    if seed % 3:                                   # else the images are in another folder
-        shutil.copytree(saved_model, tmp_path, dirs_exist_ok=True)
-    argv += [] if seed % 3 else ["--image_root", saved_model]
+    argv = [f"--{name}={value}" for name, value in {**options, "batch_size": draw.randint(1, 4)}.items()]
+    shutil.copytree(saved_model, tmp_path / ("" if seed % 3 else "images"), dirs_exist_ok=True)
+    argv += [] if seed % 3 else [f"--image_root={tmp_path}/images"]
     questions, output, stop = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl", draw.randint(0, 4)
     questions.write_text("\n".join(json.dumps(line) if rest else line for line, *rest in lines))
     expected = [{"line": number, "id": line.get("id", f"{questions}:{number}"), "question": read[0][-1],
-                 "answer": answer_alone(saved_model, *read, max_new_tokens=9, **options)}
+                 "answer": answer_alone(saved_model, *read, max_new_tokens=9, **options),
+                 "key": unittest.mock.ANY}
                 for number, (line, *read) in enumerate(lines, 1) if read]
     bad = [number for number, (line, *_) in enumerate(lines, 1) if line in CANNOT_BE_ASKED]
     calls = listen(monkeypatch, [itertools.repeat(OWN)] * stop + [[KeyboardInterrupt]])
@@ -1997,8 +1975,6 @@ def test_a_file_of_questions_gives_what_asking_one_by_one_gives_even_if_it_is_in
         err = capsys.readouterr().err
         assert status or sorted(map(int, re.findall(r"left out: .*questions.jsonl:(\d+): ", err))) == bad
         assert f"{len(records)} of {len(expected) + len(bad)} questions" in err
-        for record in records:
-            del record["key"]
         return status, records, sum(len(call.ids) for call in calls)
     status, part, _ = run()
     assert len(part) == sum(len(call.ids) for call in calls[:stop])
@@ -2042,44 +2018,32 @@ def test_answers_of_an_earlier_run_count_only_if_nothing_that_they_depend_on_has
     assert [record["question"] for record in ask_file(".", model)[1]] == ["hi", "new"] and len(calls) == 1
 
 
-BAD_FLAGS = {                                      # for one question, for a file: flags, what the error names
-    "--prompt hi": {
-        "--image none.png": "none.png does not exist", "--image good/red.png --max_tiles 0": "max_tiles is 0",
-        "--prompt <image>": "1 <image> marks for 0", "--prompt \udcff": "not valid Unicode",
-        f"--prompt {'x' * 999}": "fills the context of 512", "--device abacus": "abacus",
-        "--model none": "none/config.json does not exist", "--model bare": "bare has no tokenizer.model",
-        "--model small": "491 tokens, the model 488", "--output new.jsonl": "--input and --output"},
-    "--input ok.jsonl --output new.jsonl": {
-        "--prompt hi": "--prompt", "--image good/red.png": "--image", "--batch_size 0": "--batch_size is 0",
-        "--max_tiles 0": "--max_tiles is 0", "--input none.jsonl": "none.jsonl is not readable",
-        "--output .": " is not readable", "--output none/a.jsonl": "none/a.jsonl cannot be written",
-        "--image_root none": "the image folder none", "--output ok.jsonl": "ok.jsonl:1 answers another",
-        "--output line.jsonl": "line.jsonl holds something else"}}         # it is not half an answer
+ASK_FILE = "--input ok.jsonl --output"
+BAD_FLAGS = {                                      # flags, what the error names
+    "--prompt hi --image none.png": "none.png does not exist", "--prompt hi --device abacus": "abacus",
+    "--prompt hi --model small": "491 tokens, the model 488", "--output new.jsonl": "--input and --output",
+    f"{ASK_FILE} new.jsonl --prompt hi": "--prompt", f"{ASK_FILE} new.jsonl --image red.png": "--image",
+    "--batch_size 0": "--batch_size is 0", "--max_tiles 0": "--max_tiles is 0",
+    "--input none.jsonl --output new.jsonl": "none.jsonl is not readable",
+    f"{ASK_FILE} .": " is not readable", f"{ASK_FILE} none/a.jsonl": "none/a.jsonl cannot be written",
+    f"{ASK_FILE} ok.jsonl": "ok.jsonl:1 answers another",
+    f"{ASK_FILE} line.jsonl": "line.jsonl holds something else"}           # it is not half an answer
 
 
-@pytest.fixture(scope="session")
-def bad_input(saved_model, tmp_path_factory) -> Path:
-    """A folder of files that cannot be used, and of some that can."""
-    folder = tmp_path_factory.mktemp("bad_input")
-    shutil.copytree(saved_model, folder / "good")
-    MonoInternVL(SMALL).save_pretrained(folder / "bare")
-    MonoInternVL(replace(SMALL, vocab_size=488)).save_pretrained(folder / "small")
-    shutil.copytree(OFFICIAL_DATA, folder / "small", dirs_exist_ok=True)
-    (folder / "ok.jsonl").write_text('{"question": "hi"}\n')
-    (folder / "line.jsonl").write_text('{"question": "hi"}')
-    return folder
-
-
-@pytest.mark.parametrize("argv, message", [(f"{first} {flags}", message) for first, group in BAD_FLAGS.items()
-                                           for flags, message in group.items()])
-def test_what_cannot_be_done_is_one_line_and_changes_no_file(bad_input, monkeypatch, capsys, argv, message):
+def test_what_cannot_be_done_is_one_line_and_changes_no_file(saved_model, tmp_path, monkeypatch, capsys):
     def files():
-        return {path: path.read_bytes() for path in bad_input.rglob("*") if path.is_file()}
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.chdir(shutil.copytree(saved_model, tmp_path, dirs_exist_ok=True))
+    shutil.copytree(saved_model, "small")
+    MonoInternVL(replace(SMALL, vocab_size=488)).save_pretrained("small")
+    Path("ok.jsonl").write_text('{"question": "hi"}\n')
+    Path("line.jsonl").write_text('{"question": "hi"}')
     before = files()
-    monkeypatch.chdir(bad_input)
-    assert sample.main(["--model", "good", *argv.split()]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch(f"error: .*{re.escape(message)}.*\n", err) and files() == before
+    for argv, message in BAD_FLAGS.items():
+        assert sample.main(["--model", ".", *argv.split()]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and re.fullmatch(f"error: .*{re.escape(message)}.*\n", err), (argv, err)
+        assert files() == before, argv
 
 
 def test_too_little_memory_is_one_line_that_says_what_to_lower(saved_model, tmp_path, monkeypatch, capsys):
@@ -2109,9 +2073,6 @@ def test_the_modular_counterpart_is_an_encoder_before_the_same_llm():
     assert 300e6 < sum(p.numel() for p in full.encoder.parameters()) < 310e6             # InternViT-300M
     config = narrow(num_hidden_layers=2, vocab_size=1100, img_context_token_id=1000, vision_hidden_size=16)
     ours, modular = bench.random_models(config, torch.float32, "cpu")
-    shared, names = {p.data_ptr() for p in ours.parameters()}, dict(modular.named_parameters())
-    assert {n for n, p in names.items() if p.data_ptr() not in shared} == \
-        {n for n in names if n.startswith(("patches.", "encoder."))}
     assert_close(modular(PROMPTS)[0], ours(PROMPTS)[0])
     seen = []
     record(modular.encoder, seen)
@@ -2659,54 +2620,34 @@ def test_a_stage_mixes_kinds_of_samples_of_its_split_and_text_alone_answers_its_
 # ---------------------------------------------------------------- the notebooks
 
 NOTEBOOKS = sorted(path.name for path in (HERE / "notebooks").glob("*.ipynb"))
-every_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
-
-
-def read_notebook(name, folder=HERE):
-    """(notebook, its code cells, the hash of their code)"""
-    import nbformat
-    notebook = nbformat.read(folder / "notebooks" / name, as_version=4)
-    source_hash = runpy.run_path(str(HERE / "notebooks" / "execute.py"))["source_hash"]
-    return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"], source_hash(notebook)
-
-
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """All notebooks run by their own command, two at a time, in a copy of the project: {name: its output}."""
-    copy = tmp_path_factory.mktemp("copy")
-    for file in [*HERE.glob("*.py"), *HERE.glob("*.cu"), *HERE.glob("*.h")]:
-        (copy / file.name).symlink_to(file)
-    for folder in ("assets", "notebooks"):
-        shutil.copytree(HERE / folder, copy / folder)
-
-    def run(name):
-        return subprocess.run([sys.executable, copy / "notebooks/execute.py", name], cwd=copy, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    with ThreadPoolExecutor(2) as pool:
-        return copy, dict(zip(NOTEBOOKS, pool.map(run, NOTEBOOKS), strict=True))
 
 
 @pytest.mark.slow
-@every_notebook
-def test_a_notebook_runs_from_top_to_bottom(name, executed):
-    copy, results = executed
-    assert results[name].returncode == 0, results[name].stdout[-3000:]
-    notebook, cells, source_hash = read_notebook(name, copy)
-    assert notebook.metadata["outputs_of_source"] == source_hash
-    assert cells[0].outputs[0]["text"].startswith(f"Python {platform.python_version()}")
+def test_notebooks_run_from_top_to_bottom(tmp_path):
+    """By their own command, two at a time, in a copy of the project."""
+    for file in [*HERE.glob("*.py"), *HERE.glob("*.cu"), *HERE.glob("*.h")]:
+        (tmp_path / file.name).symlink_to(file)
+    for folder in ("assets", "notebooks"):
+        shutil.copytree(HERE / folder, tmp_path / folder)
+
+    def run(name):
+        return subprocess.run([sys.executable, "notebooks/execute.py", name], cwd=tmp_path, timeout=600,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    with ThreadPoolExecutor(2) as pool:
+        assert [done.stderr[-3000:] for done in pool.map(run, NOTEBOOKS) if done.returncode] == []
 
 
-@every_notebook
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_kept_outputs_belong_to_the_code_above_them(name):
-    notebook, cells, source_hash = read_notebook(name)
-    assert notebook.metadata["outputs_of_source"] == source_hash, \
+    import nbformat
+    notebook = nbformat.read(HERE / "notebooks" / name, as_version=4)
+    source_hash = runpy.run_path(str(HERE / "notebooks" / "execute.py"))["source_hash"]
+    assert notebook.metadata["outputs_of_source"] == source_hash(notebook), \
         f"the code of {name} changed: python notebooks/execute.py {name}"
-    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
-    for output in (output for cell in cells for output in cell.outputs):
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         assert output.output_type != "error" and output.get("name") != "stderr", output
         assert str(Path.home()) not in str(output) and "/tmp/" not in str(output)
-    prose = "".join(cell.source for cell in notebook.cells if cell not in cells)
+    prose = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert all((HERE / "notebooks" / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose))
 
 
@@ -2717,8 +2658,7 @@ RESULTS = (HERE / "RESULTS.md").read_text(encoding="utf-8")
 SHORT = {"train_evip.py": "--steps=1 --batch_size=2 --grad_accum=1 --eval_questions=1",
          "sample.py": "--max_new_tokens=2", "evaluate.py": "--questions=1",
          "bench.py kernels": "--rounds=2 --image_tiles 0 --hidden_size=64 --intermediate_size=64",
-         "bench.py report": "",
-         "bench.py train": "--rounds 2 --tiny_rounds 2",
+         "bench.py report": "", "bench.py train": "--rounds 2 --tiny_rounds 2",
          "bench.py infer": "--layers 1 --tiles 1 --batches 1 --rounds 2 --steps 1",
          "bench.py ablation": "--seeds=1 --steps=1 --eval_questions=1"}
 
@@ -2740,14 +2680,11 @@ def recipe(heading: str) -> str:
 @pytest.fixture
 def newcomer(short_run, tmp_path, monkeypatch):
     """A folder where the README's commands find what they name: a run, data and a checkpoint of one's own."""
-    (tmp_path / "out").mkdir()
     shutil.copytree(short_run, tmp_path / "out" / "evip++")
     shutil.copytree(short_run / "S2", tmp_path / "Mono-InternVL-2B")       # in place of the official one
     shutil.copytree(short_run / "S1.3", tmp_path / "FOLDER")
     language_model(tmp_path / "internlm2-chat-1_8b", Tokenizer(short_run / "S0"), "internlm2")
-    (tmp_path / "assets").mkdir()
-    for path in (HERE / "assets").iterdir():                               # new files stay in this folder
-        (tmp_path / "assets" / path.name).symlink_to(path)
+    shutil.copytree(HERE / "assets", tmp_path / "assets")
     shutil.copy(PICTURE, tmp_path / "photo.jpg")
     write_conversations(tmp_path, 0, 4)
     (tmp_path / "questions.jsonl").write_text('{"image": "photo.jpg", "question": "What is this?"}')
@@ -2762,20 +2699,16 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
     words = shlex.split(command)
     if words[0] == "torchrun":                               # as one process
         words = ["python", *words[words.index("train_evip.py"):]]
-    assert words[0] == "python"
-    if words[1] == "-m":                                     # pytest: these tests themselves
+    if words[1] == "-m":                                     # these tests themselves
         assert words[2] == "pytest" and words[-1] == Path(__file__).name
-    elif words[1] in ("notebooks/execute.py", "budget.py"):  # the notebooks are run above
-        assert (HERE / words[1]).exists()
-        if words[1] == "budget.py":
-            subprocess.run([sys.executable, HERE / "budget.py", *words[2:]], check=True)
-    else:
-        scripts = {f"{module.__name__}.py": module for module in (train_evip, sample, bench, evaluate)}
+    elif words[1] == "budget.py":
+        subprocess.run([sys.executable, HERE / "budget.py", *words[2:]], check=True)
+    elif words[1] != "notebooks/execute.py":                 # which the test of the notebooks runs
         options = SHORT[" ".join(words[1:3 if words[1] == "bench.py" else 2])].split()
-        if words[1] == "bench.py":
-            monkeypatch.setattr(bench, "VARIANTS", dict(list(bench.VARIANTS.items())[:1]))
-            monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
-        assert scripts[words[1]].main([*words[2:], *options]) == 0, capfd.readouterr().err
+        monkeypatch.setattr(bench, "VARIANTS", dict(list(bench.VARIANTS.items())[:1]))
+        monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
+        script = sys.modules[words[1].removesuffix(".py")]
+        assert script.main([*words[2:], *options]) == 0, capfd.readouterr().err
 
 
 def test_the_model_that_comes_along_answers_as_the_readme_says(monkeypatch, capsys):
@@ -2816,7 +2749,6 @@ def test_the_readme_repeats_the_recipes_and_the_results_truly():
     extract = README[README.index("## What is measured"):README.index("## Paper facts")]
     figures = [line for line in extract.splitlines() if line.startswith("| ")]
     assert len(figures) == 8 and set(figures) <= set(RESULTS.splitlines())
-    assert len(re.findall("^pip install", README, re.M)) == 2              # what .ci/run runs
 
 
 def test_the_recipe_for_an_expert_type_makes_one(tmp_path, monkeypatch):
@@ -2836,15 +2768,12 @@ def test_the_recipe_for_an_expert_type_makes_one(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_recipes_for_a_dataset_and_a_stage_train_on_it(newcomer, monkeypatch):
-    for kind, name in (("digit", "daisy"), ("scene", "rose")):
+    for name in ("daisy", "rose"):
         (newcomer / "flowers" / name).mkdir(parents=True)
-        world.make_picture(random.Random(0), kind).image.save(newcomer / "flowers" / name / "1.jpg")
+        shutil.copy(PICTURE, newcomer / "flowers" / name / "1.jpg")
     exec(recipe("A dataset"), {})
-    tok = Tokenizer(newcomer / "out/evip++/S2")
-    config = MonoInternVLConfig.from_json(newcomer / "out/evip++/S2/config.json")
-    labels = [sample["labels"] for sample in load_meta("meta.json", tok, config)]
-    learned = [tok.decode(row[row != IGNORED].tolist()) for row in labels]
-    assert learned == ["daisy", "rose"]
+    labels = [sample["labels"] for sample in load_meta("meta.json", TOK, SMALL)]
+    assert [TOK.decode(row[row != IGNORED].tolist()) for row in labels] == ["daisy", "rose"]
     monkeypatch.setitem(train_evip.RECIPES, "evip++", train_evip.RECIPES["evip++"])      # comes back later
     main = train_evip.main
     monkeypatch.setattr(train_evip, "main", lambda argv: main([*argv, "--steps=2", "--batch_size=2"]))
