@@ -166,8 +166,12 @@ def rows_alone(rows, ids, pixels, mask):
 
 
 def visual_rows(min_rows=1, max_rows=3, max_tokens=9):
-    row = st.lists(st.booleans(), min_size=1, max_size=max_tokens)
-    return st.lists(row, min_size=min_rows, max_size=max_rows)
+    """Modality masks of the rows of a batch, evenly drawn: lists of hypothesis are short and alike."""
+    def rows(seed):
+        draw = random.Random(seed)
+        shares = [draw.choice([0, 0.3, 0.7, 1]) for _ in range(draw.randint(min_rows, max_rows))]
+        return [[draw.random() < p for _ in range(draw.randint(1, max_tokens))] for p in shares]
+    return st.integers(0, 10**6).map(rows)
 
 
 def to(device, tensors):
@@ -452,10 +456,11 @@ def test_an_unknown_back_end_is_named():
 
 # ---------------------------------------------------------------- padded and packed rows, the loss
 
-@law
-@given(visual_rows(max_rows=4), st.sampled_from(["left", "right", "between", "packed", "packed"]),
-       st.sampled_from(list(ROPE)), st.integers(0, 3))
-def test_a_sample_in_a_padded_or_packed_row_is_as_if_alone(rows, layout, rope, first):
+@pytest.mark.parametrize("layout", ["left", "right", "between", "packed"])
+@pytest.mark.parametrize("rope", ROPE)
+@settings(max_examples=8)
+@given(visual_rows(min_rows=2, max_rows=4), st.integers(0, 3))
+def test_a_sample_in_a_padded_or_packed_row_is_as_if_alone(layout, rope, rows, first):
     """Logits, losses and rotary positions are those of the sample alone, whatever the others are."""
     # 6 trained positions: with dynamic RoPE, the samples of a batch differ in their base
     model, tables = tiny(rope_scaling=ROPE[rope], max_position_embeddings=6 if rope == "dynamic" else 9), []
@@ -510,9 +515,10 @@ def test_the_loss_is_the_mean_over_supervised_tokens_and_the_head_sees_no_other_
 
 # ---------------------------------------------------------------- the cache
 
-@law
-@given(visual_rows(), st.integers(1, 10), st.sampled_from(list(ROPE)), st.sampled_from(["", "qkv", "qkvo"]))
-def test_chunks_of_a_prompt_and_single_tokens_after_it_have_the_logits_of_the_whole(rows, chunk, rope,
+@pytest.mark.parametrize("rope", ROPE)
+@settings(max_examples=15)
+@given(visual_rows(), st.integers(1, 10), st.sampled_from(["", "qkv", "qkvo"]))
+def test_chunks_of_a_prompt_and_single_tokens_after_it_have_the_logits_of_the_whole(rope, rows, chunk,
                                                                                     experts):
     model = tiny(experts, rope_scaling=ROPE[rope], max_position_embeddings=6 if rope == "dynamic" else 64)
     (ids, pixels, mask), steps = batch_of(rows), []
@@ -614,7 +620,7 @@ class Conversation(RuleBasedStateMachine):
         answer = [token[0] for token in tokens]
         self.held = slots[:reused] if failed and not tokens else slots + [(t, 0, False) for t in answer[:-1]]
         self.held = [] if pads or rows > 1 else self.held
-        self.items = self.items + answer if rows == 1 else [*answer, 1]    # begins like an answer
+        self.items = [*answer, 1] if rows > 1 and chunk else self.items + answer   # begins like an answer
 
     @rule(more=some_items, **turn_of)
     def turn(self, more, **how):
@@ -646,12 +652,12 @@ class Conversation(RuleBasedStateMachine):
         self.model.to(dtype)
         self.ask(**how)
 
-    @rule(event=st.sampled_from([{}, dict(fail=1)]), **limits)
-    def nothing_but_nan(self, **how):
+    @rule(event=st.sampled_from([dict(fail=1), {}, dict(rows=2)]), **limits)
+    def nothing_but_nan(self, event, **limits):
         self.items = [-3, 2, 2, 2, 2, -3]
-        self.ask(**how)
+        self.ask(event=event, **limits)
         self.items = [1, -1]
-        self.ask(4, None, {})
+        self.ask(4, None, event if "rows" in event else {})
 
     @rule(rows=visual_rows(min_rows=2, max_rows=4, max_tokens=6), ender=st.integers(0, 11), **limits)
     def batch(self, rows, ender, new, chunk):
@@ -785,8 +791,11 @@ def test_16_bits_stay_near_float32_whichever_attention_kernel_serves(device, dty
             for chunk in (64, 192):
                 cache = KVCache(exact.config)
                 cache.reserve(rows, 200, dtype, device)
-                near(generate.prefill(rounded, *to(device, prompt), cache, chunk), expected[:, -2])
-                near(generate.decode(rounded, new[:, 0].to(device), cache), expected[:, -1])
+                logits = generate.prefill(rounded, *to(device, prompt), cache, chunk)
+                near(logits, expected[:, -2])
+                step = generate.decode(rounded, new[:, 0].to(device), cache)
+                near(step, expected[:, -1])
+                assert logits.dtype == step.dtype == torch.float32         # for sampling
     packed = (ids[:1], pixels[:180], None, ids[:1], (torch.arange(192) // 70 + 1)[None])
     losses = rounded(*to(device, packed))[1], exact(*packed)[1]
     assert losses[0].dtype == torch.float32
