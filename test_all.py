@@ -47,7 +47,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -94,7 +93,6 @@ from mono_internvl import (
     Routing,
     mmoe_linear,
     mmoe_swiglu,
-    pixel_shuffle,
 )
 from world import World
 
@@ -168,8 +166,12 @@ def rows_alone(rows, ids, pixels, mask):
 
 
 def visual_rows(min_rows=1, max_rows=3, max_tokens=9):
-    row = st.lists(st.booleans(), min_size=1, max_size=max_tokens)
-    return st.lists(row, min_size=min_rows, max_size=max_rows)
+    """Modality masks of the rows of a batch, evenly drawn: lists of hypothesis are short and alike."""
+    def rows(seed):
+        draw = random.Random(seed)
+        shares = [draw.choice([0, 0.3, 0.7, 1]) for _ in range(draw.randint(min_rows, max_rows))]
+        return [[draw.random() < p for _ in range(draw.randint(1, max_tokens))] for p in shares]
+    return st.integers(0, 10**6).map(rows)
 
 
 def to(device, tensors):
@@ -347,14 +349,6 @@ def test_the_model_agrees_with_a_reference_that_takes_one_token_at_a_time(attn_e
     assert_parity(torch.cat(steps), expected[T - 1:-1].float())
 
 
-def test_pixel_shuffle_folds_each_square_of_patches_into_one_token_in_reading_order():
-    x = torch.arange(2 * 3 * 6).view(1, 2, 3, 6)   # channel 0 holds 0..17, channel 1 18..35
-    tokens = pixel_shuffle(x, 3)
-    assert tokens.shape == (1, 2, 18)
-    assert tokens[0, 1].view(9, 2).T.tolist() == [[3, 4, 5, 9, 10, 11, 15, 16, 17],
-                                                  [21, 22, 23, 27, 28, 29, 33, 34, 35]]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_of_another_size_get_positions_that_are_interpolated_bicubically_in_float32(dtype):
     embeddings, pixels = tiny(image_size=8).vision_model["embeddings"].to(dtype), torch.randn(2, 3, 16, 12)
@@ -436,23 +430,7 @@ def test_nan_in_tokens_or_weights_of_one_expert_never_reaches_the_other(device, 
         assert all(p.grad.isfinite().all() for p in others)
 
 
-@pytest.mark.parametrize("moe", ["torch", "dense", "cuda"])
-@settings(max_examples=15)
-@given(visual_rows(), st.booleans())
-def test_nan_in_pictures_or_visual_experts_leaves_rows_without_a_picture_as_they_are(moe, rows, in_weights):
-    model, (ids, pixels, mask) = tiny(), batch_of(rows)
-    model.moe, seeing, real = moe, torch.tensor([any(row) for row in rows]), mask == 1
-    with torch.no_grad():
-        clean = model(ids, pixels, mask)[0]
-        for name, p in model.named_parameters():
-            if "_ve." in name and in_weights:
-                p.fill_(math.nan)
-        spoiled = model(ids, pixels if pixels is None or in_weights else pixels * math.nan, mask)[0]
-    assert torch.equal(spoiled[~seeing], clean[~seeing]) and clean[real].isfinite().all()
-    assert spoiled[seeing][:, -1].isnan().all()
-
-
-@law
+@settings(max_examples=25)
 @given(visual_rows(), st.sampled_from(["left", "right", "between"]), st.sampled_from(["", "qkv", "qkvo"]))
 @example([[False] * 3, [False]], "left", "qkvo")
 def test_a_token_costs_the_work_of_one_expert_and_a_pad_costs_none(rows, side, attn_experts):
@@ -478,12 +456,12 @@ def test_an_unknown_back_end_is_named():
 
 # ---------------------------------------------------------------- padded and packed rows, the loss
 
-@law
-@given(visual_rows(max_rows=4), st.sampled_from(["left", "right", "between", "packed", "packed"]),
-       st.sampled_from(list(ROPE)), st.integers(0, 3))
-@example([[False] * 9, [False, True, False]], "packed", "dynamic", 0)      # one is longer than trained,
-@example([[False] * 9, [False, True, False]], "left", "dynamic", 0)        # its neighbour is not
-def test_a_sample_in_a_padded_or_packed_row_is_as_if_alone(rows, layout, rope, first):
+@pytest.mark.parametrize("layout", ["left", "right", "between", "packed"])
+@pytest.mark.parametrize("rope", ROPE)
+@settings(max_examples=8)
+@given(visual_rows(min_rows=2, max_rows=4), st.integers(0, 3))
+@example([[False] * 9, [False, True, False]], 0)       # beyond the trained length beside one within
+def test_a_sample_in_a_padded_or_packed_row_is_as_if_alone(layout, rope, rows, first):
     """Logits, losses and rotary positions are those of the sample alone, whatever the others are."""
     # 6 trained positions: with dynamic RoPE, the samples of a batch differ in their base
     model, tables = tiny(rope_scaling=ROPE[rope], max_position_embeddings=6 if rope == "dynamic" else 9), []
@@ -517,7 +495,7 @@ def test_a_sample_in_a_padded_or_packed_row_is_as_if_alone(rows, layout, rope, f
     assert torch.equal(moved[this], logits[this]) and moved.isfinite().all()
 
 
-@law
+@settings(max_examples=25)
 @given(visual_rows(), st.sampled_from(["left", "right"]), st.randoms(use_true_random=False))
 def test_the_loss_is_the_mean_over_supervised_tokens_and_the_head_sees_no_other_position(rows, side, random):
     model, (ids, pixels, mask) = tiny(), batch_of(rows, side)
@@ -538,9 +516,10 @@ def test_the_loss_is_the_mean_over_supervised_tokens_and_the_head_sees_no_other_
 
 # ---------------------------------------------------------------- the cache
 
-@law
-@given(visual_rows(), st.integers(1, 10), st.sampled_from(list(ROPE)), st.sampled_from(["", "qkv", "qkvo"]))
-def test_chunks_of_a_prompt_and_single_tokens_after_it_have_the_logits_of_the_whole(rows, chunk, rope,
+@pytest.mark.parametrize("rope", ROPE)
+@settings(max_examples=15)
+@given(visual_rows(), st.integers(1, 10), st.sampled_from(["", "qkv", "qkvo"]))
+def test_chunks_of_a_prompt_and_single_tokens_after_it_have_the_logits_of_the_whole(rope, rows, chunk,
                                                                                     experts):
     model = tiny(experts, rope_scaling=ROPE[rope], max_position_embeddings=6 if rope == "dynamic" else 64)
     (ids, pixels, mask), steps = batch_of(rows), []
@@ -565,23 +544,28 @@ class Conversation(RuleBasedStateMachine):
     two visual tokens each, instead of one. held: what each slot of the cache holds, as (item, which of its
     tokens, whether it is a wide picture).
     """
+    # stop: after so many tokens. fail: Ctrl-C when the second layer begins for that time. pads: so many
+    # tokens are masked out, 0: a mask of ones. rows: the prompt so many times.
+    event = st.sampled_from([{}, {}, {}, dict(stop=1), dict(stop=3), dict(fail=1), dict(fail=2),
+                             dict(fail=4), dict(pads=0), dict(pads=2), dict(rows=2)])
     limits = dict(new=st.sampled_from([4, 4, 3, 1, 0]), chunk=st.sampled_from([None, None, 1, 2, 3]))
-    some_items = st.lists(st.sampled_from([1, 2, 3, 4, -1, -2]), max_size=4)
+    turn_of = dict(**limits, event=event)
+    some_items = st.lists(st.sampled_from([1, 2, -1, -2]), max_size=4)
 
     def __init__(self, device="cpu"):
         super().__init__()
         self.device, self.patch = device, pytest.MonkeyPatch()
-        self.items, self.held, self.wide = [1], [], False
+        self.items, self.held = [1], []
         self.pictures = torch.randn(3, 3, 4, 8, generator=torch.Generator().manual_seed(0)).to(device)
         self.pictures[2] = math.nan
-        self.memory = torch.zeros(40, 3, 4, 8, device=device)      # each prompt's pictures come to lie here
+        self.memory = torch.zeros(80, 3, 4, 8, device=device)      # each prompt's pictures come to lie here
 
     @initialize(rope=st.sampled_from(list(ROPE)), experts=st.sampled_from(["", "qkvo"]),
-                block=st.sampled_from([4, 64]))
-    def begin(self, rope, experts, block):
+                block=st.sampled_from([4, 64]), wide=st.booleans())
+    def begin(self, rope, experts, block, wide):
         self.patch.setattr(KVCache, "BLOCK_SIZES", {self.device: block})
-        self.trained = 20 if rope == "dynamic" else math.inf
-        model = tiny(experts, rope_scaling=ROPE[rope], max_position_embeddings=min(self.trained, 80))
+        self.trained, self.wide = 20 if rope == "dynamic" else math.inf, wide
+        model = tiny(experts, rope_scaling=ROPE[rope], max_position_embeddings=40 if rope == "none" else 20)
         self.model, self.cache = model.to(self.device), KVCache(model.config)
 
     def teardown(self):
@@ -595,22 +579,23 @@ class Conversation(RuleBasedStateMachine):
             return cached
         return naive
 
-    def ask(self, new, chunk, stop=None, fail=None, pads=0):
-        """stop: after so many tokens. fail: Ctrl-C when the second layer begins for the fail-th time."""
-        if len(self.items) > 30:
-            self.items = [1]
+    def ask(self, new, chunk, event):
+        stop, fail, pads, rows = *map(event.get, ("stop", "fail", "pads")), event.get("rows", 1)
+        fail = fail if self.device == "cpu" else None              # not while a CUDA graph is captured
+        if len(self.items) > 20:
+            self.items = [1, *self.items[-3:]]
         slots = [(item, i, item < 0 and self.wide) for item in self.items
                  for i in range(2 if item < 0 and self.wide else 1)]
-        ids = [5] * pads + [IMG if item < 0 else item for item, *_ in slots]
-        ids = torch.tensor([ids], device=self.device)
-        shown = [self.pictures[-1 - item] for item in self.items if item < 0]
+        ids = torch.tensor([[IMG if item < 0 else item for item, *_ in slots]] * rows, device=self.device)
+        shown = [self.pictures[-1 - item] for item in self.items if item < 0] * rows
         pixels = self.memory[:len(shown), ..., :8 if self.wide else 4]
         for place, picture in zip(pixels, shown, strict=True):
             place.copy_(picture[..., :pixels.shape[-1]])
-        mask = (torch.arange(ids.shape[1], device=self.device) >= pads)[None] if pads else None
+        pads, masked = min(pads or 0, len(slots) - 1), pads is not None
+        mask = (torch.arange(len(slots), device=self.device) >= pads).expand_as(ids) if masked else None
         prompt = ids, pixels if shown else None, mask
         expected, reused, read, begun, tokens = self.expected(new, *prompt), 0, [], [], []
-        if not pads and max(len(slots), len(self.held)) <= self.trained:
+        if not pads and rows == 1 and max(len(slots), len(self.held)) <= self.trained:
             while (reused < min(len(self.held), len(slots) - 1) and self.held[reused] == slots[reused]
                    and slots[reused][0] != -3):    # NaN equals nothing
                 reused += 1
@@ -632,61 +617,48 @@ class Conversation(RuleBasedStateMachine):
         assert tokens == expected[:len(tokens)] and (failed or len(tokens) == min(new, stop or new))
         assert self.cache.reused == reused
         if self.device == "cpu" and not failed:    # a replayed step calls no Python
-            assert sum(x.shape[1] for x in read) == ids.shape[1] - reused + max(0, len(tokens) - 1)
-        answer = [token for token, in tokens]
+            assert sum(x.shape[1] for x in read) == len(slots) - reused + max(0, len(tokens) - 1)
+        answer = [token[0] for token in tokens]
         self.held = slots[:reused] if failed and not tokens else slots + [(t, 0, False) for t in answer[:-1]]
-        self.held = [] if pads else self.held
-        self.items = self.items + answer
+        self.held = [] if pads or rows > 1 else self.held
+        self.items = [*answer, 1] if rows > 1 and chunk else self.items + answer   # begins like an answer
 
-    @rule(more=some_items, **limits)
-    def turn(self, more, **limits):
+    @rule(more=some_items, **turn_of)
+    def turn(self, more, **how):
         self.items = self.items + more
-        self.ask(**limits)
+        self.ask(**how)
 
-    @rule(keep=st.integers(0, 9), more=some_items, **limits)
-    def edit(self, keep, more, **limits):
+    @rule(keep=st.integers(0, 9), more=some_items, **turn_of)
+    def edit(self, keep, more, **how):
         self.items = self.items[:keep] + more or [1]
-        self.ask(**limits)
+        self.ask(**how)
 
-    @rule(which=st.integers(0, 9), picture=st.sampled_from([-1, -2]), **limits)
-    def another_picture(self, which, picture, **limits):
+    @rule(which=st.integers(0, 9), **turn_of)
+    def another_picture(self, which, **how):
         places = [i for i, item in enumerate(self.items) if item < 0]
         if places:
-            self.items[places[which % len(places)]] = picture
-        self.ask(**limits)
+            i = places[which % len(places)]
+            self.items[i] = -3 - self.items[i]     # -1 becomes -2
+        self.ask(**how)
 
-    @rule(**limits)
-    def pictures_of_another_size(self, **limits):
+    @rule(**turn_of)
+    def pictures_of_another_size(self, **how):
         self.wide = not self.wide
-        self.ask(**limits)
+        self.ask(**how)
 
-    @rule(more=some_items, stop=st.integers(1, 3), **limits)
-    def stop_early(self, more, stop, **limits):
-        self.items = self.items + more
-        self.ask(stop=stop, **limits)
-
-    @precondition(lambda self: self.device == "cpu")               # not in the capture of a CUDA graph
-    @rule(more=some_items, fail=st.integers(1, 5), **limits)
-    def interrupt(self, more, fail, **limits):
-        self.items = self.items + more
-        self.ask(fail=fail, **limits)
-
-    @rule(words=st.lists(st.integers(1, 4), max_size=12), fail=st.integers(1, 5), **limits)
-    def nothing_but_nan(self, words, fail, **limits):
-        before, self.items = self.items, [-3, *words]
-        self.ask(fail=fail if self.device == "cpu" else None, **limits)
-        self.items = before
-
-    @rule(pads=st.integers(1, 3), **limits)
-    def pad(self, pads, **limits):
-        self.ask(pads=pads, **limits)
-
-    @rule(dtype=st.sampled_from([torch.float32, torch.float64]), **limits)
-    def another_dtype(self, dtype, **limits):
+    @rule(dtype=st.sampled_from([torch.float32, torch.float64]), **turn_of)
+    def another_dtype(self, dtype, **how):
         if self.cache.keys is None or self.cache.keys.dtype != dtype:
             self.held = []
         self.model.to(dtype)
-        self.ask(**limits)
+        self.ask(**how)
+
+    @rule(event=st.sampled_from([dict(fail=1), {}, dict(rows=2)]), **limits)
+    def nothing_but_nan(self, event, **limits):
+        self.items = [-3, 2, 2, 2, 2, -3]
+        self.ask(event=event, **limits)
+        self.items = [1, -1]
+        self.ask(4, None, event if "rows" in event else {})
 
     @rule(rows=visual_rows(min_rows=2, max_rows=4, max_tokens=6), ender=st.integers(0, 11), **limits)
     def batch(self, rows, ender, new, chunk):
@@ -701,7 +673,7 @@ class Conversation(RuleBasedStateMachine):
 @on_every_device
 def test_whatever_happened_to_a_cache_an_answer_is_the_naive_one_and_only_what_is_new_is_read(device):
     run_state_machine_as_test(functools.partial(Conversation, device), settings=settings(
-        max_examples=30, stateful_step_count=12, phases=[Phase.generate]))
+        max_examples=45, stateful_step_count=12, phases=[Phase.generate]))
 
 
 def test_a_cache_grows_by_doubling_never_shrinks_and_works_on_devices_that_nobody_has_measured():
@@ -717,7 +689,7 @@ def test_a_cache_grows_by_doubling_never_shrinks_and_works_on_devices_that_nobod
 @pytest.mark.slow
 def test_compiled_decoding_gives_the_same_tokens_and_copies_no_cache(monkeypatch):
     monkeypatch.setattr(KVCache, "BLOCK_SIZES", {"cpu": 8})                # a step sees 8, then 16 slots
-    model, (ids, _, mask) = tiny(), batch_of([[False] * 4, [False] * 2])
+    model, (ids, _, mask) = tiny(num_hidden_layers=1), batch_of([[False] * 4, [False] * 2])
     plain, cache = stream(model, ids, None, mask, max_new_tokens=8), KVCache(model.config)
     cache.reserve(2, 1000, torch.float32, "cpu")
     model.compile_decode = True
@@ -726,10 +698,9 @@ def test_compiled_decoding_gives_the_same_tokens_and_copies_no_cache(monkeypatch
     with torch.profiler.profile(profile_memory=True) as profile:
         tokens += [token.tolist() for token in answer]
     memory = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert tokens == plain and 0 < max(memory) < cache.keys[0].nbytes
+    assert tokens == plain and 0 < max(memory) < cache.keys.nbytes
 
 
-@pytest.mark.slow
 def test_a_captured_step_serves_every_later_token_of_its_block(monkeypatch):
     """What CUDA graphs rely on, shown without a GPU: a trace freezes all that Python computes, as they do."""
     def capture(step, inputs, pool):
@@ -746,16 +717,16 @@ def test_a_captured_step_serves_every_later_token_of_its_block(monkeypatch):
         self.step_buffers.pool = "what a CPU has none of"
     replays, model = [], tiny()
     ids, pixels, mask = batch_of([[False, True, False], [False] * 7, [True, False], [False]])
-    free = stream(model, ids, pixels, mask, max_new_tokens=30)
-    ends = free[4][:3]                             # three of the four rows will end early
-    ended = stream(model, ids, pixels, mask, max_new_tokens=30, eos_token_id=ends)
+    free = stream(model, ids, pixels, mask, max_new_tokens=20)
+    ends = [free[3 * row + 1][row] for row in range(3)]            # rows end one after the other
+    ended = stream(model, ids, pixels, mask, max_new_tokens=20, eos_token_id=ends)
     monkeypatch.setattr(KVCache, "BLOCK_SIZES", {"cpu": 8})
     monkeypatch.setattr(KVCache, "reserve", reserve)
     monkeypatch.setattr(generate, "capture", capture)
     cache = KVCache(model.config)
     for _ in range(2):
-        assert stream(model, ids, pixels, mask, max_new_tokens=30, kv_cache=cache) == free
-        assert stream(model, ids, pixels, mask, max_new_tokens=30, kv_cache=cache, eos_token_id=ends) == ended
+        assert stream(model, ids, pixels, mask, max_new_tokens=20, kv_cache=cache) == free
+        assert stream(model, ids, pixels, mask, max_new_tokens=20, kv_cache=cache, eos_token_id=ends) == ended
     assert {4, 1} <= set(replays) <= {4, 2, 1}     # each size takes a capture: rows leave by halves
     assert len(cache.step_buffers.graphs) < len(replays) / 5
 
@@ -766,8 +737,8 @@ def test_hundreds_of_decoded_tokens_take_no_memory():
         tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
-    answer = tiny(max_position_embeddings=512).generate(PROMPTS, max_new_tokens=200)
-    early, late = [memory() for i, _ in enumerate(answer) if i in (20, 198)]
+    answer = tiny(max_position_embeddings=512).generate(PROMPTS, max_new_tokens=120)
+    early, late = [memory() for i, _ in enumerate(answer) if i in (20, 118)]
     assert early == late > 0
 
 
@@ -821,8 +792,11 @@ def test_16_bits_stay_near_float32_whichever_attention_kernel_serves(device, dty
             for chunk in (64, 192):
                 cache = KVCache(exact.config)
                 cache.reserve(rows, 200, dtype, device)
-                near(generate.prefill(rounded, *to(device, prompt), cache, chunk), expected[:, -2])
-                near(generate.decode(rounded, new[:, 0].to(device), cache), expected[:, -1])
+                logits = generate.prefill(rounded, *to(device, prompt), cache, chunk)
+                near(logits, expected[:, -2])
+                step = generate.decode(rounded, new[:, 0].to(device), cache)
+                near(step, expected[:, -1])
+                assert logits.dtype == step.dtype == torch.float32         # for sampling
     packed = (ids[:1], pixels[:180], None, ids[:1], (torch.arange(192) // 70 + 1)[None])
     losses = rounded(*to(device, packed))[1], exact(*packed)[1]
     assert losses[0].dtype == torch.float32
@@ -939,9 +913,8 @@ def test_tokens_come_one_int64_per_row_as_many_as_asked_and_can_be_trained_on():
     for n in (0, 1, 4):
         tokens = list(model.generate(PROMPTS, max_new_tokens=n))
         assert len(tokens) == n and all(t.shape == (2,) and t.dtype == torch.int64 for t in tokens)
-    whole = torch.cat([PROMPTS, torch.stack(tokens, 1)], 1)
-    model(whole, labels=whole)[1].backward()
-    assert model.language_model.output.weight.grad.abs().sum() > 0
+    model(tokens[-1][None], labels=tokens[-1][None])[1].backward()
+    assert model.language_model.model.tok_embeddings.weight.grad.any()
 
 
 @pytest.mark.parametrize("rope, context", [("none", 8), ("linear", 16), ("dynamic", 16)])
