@@ -104,6 +104,10 @@ CASES = json.loads((OFFICIAL_DATA / "golden.json").read_text(encoding="utf-8"))
 TOK = Tokenizer(OFFICIAL_DATA)
 PICTURE = str(OFFICIAL_DATA / "picture.png")       # 3 tiles of 56 pixels when 6 are allowed
 
+# These tensors are tiny: a second thread would only wait for the first. Subprocesses inherit the variable.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 settings.register_profile("law", deadline=None, derandomize=True, report_multiple_bugs=False)
 settings.load_profile("law")
 law = settings(max_examples=50)
