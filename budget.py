@@ -1,7 +1,6 @@
 """What a run costs on paper: operations, bytes and memory, from sizes alone.
 
-    python budget.py --preset 2b --gpus 8        # memory and time of every stage; no data, weights or
-    tokenizer
+    python budget.py --preset 2b --gpus 8        # memory and time of each stage, without data or weights
 
 In this order: the shapes of the weights; operations of inference and of training; memory of training; what
 the machine at hand reaches; the printed plan. `c` is a MonoInternVLConfig. `shapes` maps the names of a

@@ -62,8 +62,7 @@ def _make_config(cls: type, values: dict, path):
 
 
 def read_config(path: str | Path, cls: type):
-    """An official (or our) config.json -> cls, the config's dataclass. Raises InputError that names the
-    field."""
+    """An official (or our) config.json -> cls, the config's dataclass. Raises InputError naming a field."""
     official, values = read_json(path, "; expected a checkpoint folder that holds it"), {}
     for f in fields(cls):
         node = official
@@ -84,8 +83,7 @@ def read_config(path: str | Path, cls: type):
 
 
 def read_llm_config(path: str | Path, cls: type, **changes):
-    """The config.json of an InternLM2 or Llama-layout folder -> cls with the LLM's sizes. changes: other
-    fields."""
+    """An InternLM2 or Llama-layout config.json -> cls with the LLM's sizes. changes: other fields."""
     llm = read_json(path, "; expected an LLM folder that holds it")
     if llm.get("model_type") not in ("internlm2", "llama"):
         raise InputError(f"{path}: model_type {llm.get('model_type')!r} is not 'internlm2' or 'llama'")
@@ -94,9 +92,12 @@ def read_llm_config(path: str | Path, cls: type, **changes):
     llm["num_key_value_heads"] = llm.get("num_key_value_heads") or llm.get("num_attention_heads")
     # Newer files hold rope_theta and the scaling together in rope_parameters.
     rope = llm.get("rope_parameters") or llm.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_parameters or rope_scaling is {rope!r}, expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     llm["rope_scaling"] = None if kind == "default" else {"type": kind, "factor": rope.get("factor")}
-    llm["rope_theta"] = rope.get("rope_theta", llm.get("rope_theta", 10000.0))
+    theta = rope.get("rope_theta", llm.get("rope_theta"))
+    llm["rope_theta"] = 10000.0 if theta is None else theta
     values = {f.name: llm[f.name] for f in fields(cls) if llm.get(f.name) is not None}
     config = _make_config(cls, values | changes, path)
     if llm.get("head_dim") not in (None, config.head_dim):
@@ -171,6 +172,8 @@ def check_tensors(tensors: dict[str, Tensor], expected: dict[str, torch.Size], s
         if tensors[name].shape != expected[name]:
             raise InputError(f"{source}: tensor {name} is {tuple(tensors[name].shape)}, "
                              f"the config says {tuple(expected[name])}")
+        if not tensors[name].is_floating_point():
+            raise InputError(f"{source}: tensor {name} is {tensors[name].dtype}, expected floating point")
 
 
 def write_model(folder: str | Path, tensors: dict[str, Tensor], config: dict,
@@ -243,21 +246,21 @@ def _from_llama(tensors: dict[str, Tensor], c, folder) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}    # old files
 
 
-def read_llm_tensors(folder: str | Path, c, dtype: torch.dtype | None, device,
+def read_llm_tensors(folder: str | Path, c, vocab_size: int, dtype: torch.dtype | None, device,
                      num_tokens: int | None = None) -> dict[str, Tensor]:
     """The tensors of an InternLM2 or Llama-layout folder under their names in MonoInternVL. c: the config of
-    the model to be. num_tokens: the size of the LLM's own tokenizer, if its vocabulary is padded with rows
-    that mean nothing. Rows beyond the real ones start as the mean of the real ones [repo]."""
+    the model to be. vocab_size: of the LLM. num_tokens: of its tokenizer, if the vocabulary is padded with
+    rows that mean nothing. The rows of new tokens start as the mean of the real ones [repo]."""
     tensors = read_tensors(folder, dtype, device)
     if "model.embed_tokens.weight" in tensors:
         tensors = _from_llama(tensors, c, folder)
     tensors = {f"language_model.{name}": t for name, t in tensors.items()}
     for name in ("language_model.model.tok_embeddings.weight", "language_model.output.weight"):
         old = tensors.get(name)
-        real = old if old is None or num_tokens is None else old[:num_tokens]
-        if old is not None and len(real) < c.vocab_size and len(old) <= c.vocab_size:
-            mean = real.float().mean(0, keepdim=True).to(old.dtype)
-            tensors[name] = torch.cat([real, mean.expand(c.vocab_size - len(real), -1)])
+        real = min(vocab_size, num_tokens or vocab_size)
+        if old is not None and old.ndim and len(old) == vocab_size <= c.vocab_size and real < c.vocab_size:
+            mean = old[:real].float().mean(0, keepdim=True).to(old.dtype)
+            tensors[name] = torch.cat([old[:real], mean.expand(c.vocab_size - real, -1)])
     return tensors
 
 
@@ -362,8 +365,12 @@ def load_training(folder: Path, moments: dict[str, Tensor]) -> dict:
     # With another number of processes, all continue where the slowest of the old ones was in the order.
     state["restart_at"] = None if state["processes"] == world_size() else min(
         s["batches"]["position"] for s in states)
-    dcp.load(moments, no_dist=not dist.is_initialized(),
-             storage_reader=dcp.HuggingFaceStorageReader(str(folder / "optimizer")))
+    try:
+        dcp.load(moments, no_dist=not dist.is_initialized(),
+                 storage_reader=dcp.HuggingFaceStorageReader(str(folder / "optimizer")))
+    except dcp.CheckpointException as e:
+        problem = "; ".join(f"process {i}: {error}" for i, (error, _) in e.failures.items())
+        raise InputError(f"{folder / 'optimizer'} is damaged or incomplete ({problem})") from None
     setters = [torch.set_rng_state] + [torch.cuda.set_rng_state] * torch.cuda.is_available()
     for set_state, values in zip(setters, state["rng"], strict=False):
         set_state(torch.tensor(values, dtype=torch.uint8))

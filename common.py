@@ -3,6 +3,7 @@ import argparse
 import difflib
 import json
 import os
+import sys
 import typing
 from collections.abc import Sequence
 from copy import copy
@@ -15,12 +16,15 @@ from torch import Tensor
 
 
 class InputError(ValueError):
-    """A file, flag or tensor that a user gave does not fit. Scripts print the message: it says what to do."""
+    """A file, flag or tensor that a user gave does not fit. Scripts print the message: it says what to do. It
+    is one line, even if a file name or a text that it quotes is not."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
 
 
 def read_json(path: str | Path, if_missing: str = "") -> dict:
-    """The JSON object in a file. Raises InputError for everything else; if_missing: added if there is no
-    file."""
+    """The JSON object in a file. Raises InputError for all else; if_missing: added if there is no file."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")                  # Windows editors add a BOM
         if text.startswith("version https://git-lfs"):
@@ -41,9 +45,9 @@ def check_fields(config) -> None:
     """Raises InputError if a field of a dataclass does not have the type that is declared. Exact types: True
     is not a number. An int in place of a float becomes one."""
     for name, kind in typing.get_type_hints(type(config)).items():
-        if kind is float and type(getattr(config, name)) is int:
-            setattr(config, name, float(getattr(config, name)))
         value, kinds = getattr(config, name), typing.get_args(kind) or (kind,)
+        if kind is float and type(value) is int and abs(value) < sys.float_info.max:
+            setattr(config, name, value := float(value))
         if type(value) not in kinds:
             raise InputError(f"config field {name} is {value!r} ({type(value).__name__}), "
                              f"expected {' or '.join(k.__name__ for k in kinds)}")

@@ -10,6 +10,7 @@ import glob
 import io
 import itertools
 import json
+import os
 import random
 import re
 import sys
@@ -53,27 +54,27 @@ class Tokenizer:
             raise InputError(f"{self.folder} has {found}")
         try:
             self.sp = sp = SentencePieceProcessor(model_file=str(self.folder / "tokenizer.model"))
-        except (RuntimeError, OSError) as e:
+            pieces = [sp.id_to_piece(i) for i in range(len(sp))]
+            # The UTF-8 bytes of each id. A piece such as "<0xE4>" may be a part of a character, so decoding
+            # first joins the bytes and then makes text of them.
+            self.bytes = {i: bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("▁", " ").encode()
+                          for i, p in enumerate(pieces)}
+        except (RuntimeError, OSError, ValueError) as e:
             raise InputError(f"{self.folder}/tokenizer.model is not a sentencepiece model: {e}") from None
         added, config = ({} if not (self.folder / name).exists() else read_json(self.folder / name)
                          for name in ("added_tokens.json", "tokenizer_config.json"))
-        pieces = [sp.id_to_piece(i) for i in range(len(sp))]
         self.special_tokens = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
         try:
             self.special_tokens |= {token: int(i) for token, i in added.items()}
             decoder = config.get("added_tokens_decoder", {})
             self.special_tokens |= {token["content"]: int(i) for i, token in decoder.items()}
-        except (AttributeError, KeyError, TypeError, ValueError):
+            self.bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             raise InputError(f"{self.folder}: added_tokens.json or the added_tokens_decoder of "
                              "tokenizer_config.json does not map tokens to ids") from None
         # Longest first: the pattern takes the first alternative that fits, and one may begin another.
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        # The UTF-8 bytes of each id. A piece such as "<0xE4>" may be a part of a character, so decoding first
-        # joins the bytes and then makes text of them.
-        self.bytes = {i: bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("▁", " ").encode()
-                      for i, p in enumerate(pieces)}
-        self.bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
         self.bos_id, self.eos_id = sp.bos_id(), sp.eos_id()
         self.pad_id = self.eos_id if sp.pad_id() < 0 else sp.pad_id()
         self.system_message = config.get("system_message", SYSTEM_MESSAGE)       # the field is [ours]
@@ -224,9 +225,9 @@ def tile_image(image: str | Path | io.BytesIO | Image.Image, max_tiles: int = 12
     """Square RGB tiles of image_size pixels [repo: dynamic_preprocess]. The grid of min_tiles to max_tiles
     tiles with the closest aspect ratio wins; the image is resized to fill it and cut row by row. If there are
     several tiles, a thumbnail of the whole comes last. Raises InputError like open_image."""
-    if not 1 <= min_tiles <= max_tiles or image_size < 1:
+    if not 1 <= min_tiles <= max_tiles <= 1000 or image_size < 1:
         raise InputError(f"min_tiles {min_tiles}, max_tiles {max_tiles}, image_size {image_size}: "
-                         "expected 1 <= min_tiles <= max_tiles and a positive size")
+                         "expected 1 <= min_tiles <= max_tiles <= 1000 and a positive size")
     image = open_image(image)
     grids = [(across, count // across) for count in range(min_tiles, max_tiles + 1)
              for across in range(1, count + 1) if count % across == 0]             # small grids first
@@ -283,16 +284,17 @@ class JsonlDataset(Dataset):
     def __init__(self, annotation: str | Path, root: str | Path, tok: Tokenizer, config,
                  repeat_time: float = 1, max_tiles: int | None = None, max_tokens: int | None = None,
                  seed: int = 0, augment: bool = False, task: str | None = None):
+        if not os.path.isdir(root):
+            raise InputError(f"the image folder {root} of {annotation} does not exist")
         self.annotation, self.root, self.tok, self.config = annotation, Path(root).resolve(), tok, config
         self.seed, self.augment, self.task = seed, augment, task
         self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
         self.max_tokens = config.context_length if max_tokens is None else max_tokens
-        if type(repeat_time) not in (int, float) or not 0 < repeat_time < float("inf"):
-            raise InputError(f"repeat_time of {annotation} is {repeat_time!r}, expected a positive number")
+        if type(repeat_time) not in (int, float) or not 0 < repeat_time <= 1e6:
+            raise InputError(f"repeat_time of {annotation} is {repeat_time!r}, expected a positive number of "
+                             "at most 1e6")
         if type(self.max_tiles) is not int or self.max_tiles < 1:
             raise InputError(f"max_dynamic_patch of {annotation} is {self.max_tiles!r}, expected at least 1")
-        if not self.root.is_dir():
-            raise InputError(f"the image folder {root} of {annotation} does not exist")
         self.locations = self.find_samples()
         n = len(self.locations)
         self.repeated, extra = int(repeat_time) * n, round(repeat_time % 1 * n)
@@ -315,8 +317,8 @@ class JsonlDataset(Dataset):
                     numbers = np.arange(lines + 1, lines + 1 + len(starts))
                     locations.append(np.delete(np.stack([numbers, block_start + starts], 1), blank, 0))
                     lines, block_start = lines + len(starts), block_start + len(block)
-        except OSError as e:
-            raise InputError(f"{self.annotation} is not readable: {e.strerror}") from None
+        except (OSError, ValueError) as e:         # ValueError: a null character in the name
+            raise InputError(f"{self.annotation} is not readable: {getattr(e, 'strerror', e)}") from None
         return np.concatenate(locations)
 
     def __len__(self) -> int:
@@ -393,11 +395,13 @@ class TarDataset(JsonlDataset):
         """patterns: "a.tar", "a-{000..003}.tar" or "a-*.tar". The others are JsonlDataset's after root."""
         self.shards = []
         for pattern in patterns:
-            if braces := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+            if braces := re.search(r"\{(\d{1,6})\.\.(\d{1,6})\}", pattern):
                 numbers = range(int(braces[1]), int(braces[2]) + 1)
                 self.shards += [pattern.replace(braces[0], f"{i:0{len(braces[1])}}") for i in numbers]
+            elif re.search(r"[*?]", pattern) and "\0" not in pattern:      # glob would raise ValueError
+                self.shards += sorted(glob.glob(pattern))
             else:
-                self.shards += sorted(glob.glob(pattern)) if re.search(r"[*?]", pattern) else [pattern]
+                self.shards.append(pattern)
         if not self.shards:
             raise InputError(f"no file is called {' or '.join(patterns)}")
         super().__init__(" + ".join(patterns), ".", *arguments, **options)
@@ -417,7 +421,7 @@ class TarDataset(JsonlDataset):
                     tar.fileobj.seek(tar.offset)   # zeros end an archive; tarfile accepts one without them
                     if tar.fileobj.read(512) != bytes(512):
                         raise tarfile.ReadError("its end is missing")
-            except (OSError, tarfile.TarError) as e:
+            except (OSError, ValueError, tarfile.TarError) as e:
                 raise InputError(f"{path} is no complete, uncompressed .tar: {e}") from None
         return np.array(locations, np.int64).reshape(-1, 2)
 
@@ -647,7 +651,7 @@ class Batches:
 
     def next_sample(self, source) -> Buffered:
         """The next good sample. source: what `fetch` yields."""
-        for attempt in itertools.count(1):
+        while True:
             i, sample, error = next(source)
             self.seen += 1
             tokens = len(sample["input_ids"]) if sample else 0
@@ -660,8 +664,8 @@ class Batches:
                 self.on_bad(i, error)
                 if problem := too_many_bad(len(self.bad), self.seen, self.size or sys.maxsize, self.max_bad):
                     raise InputError(f"{problem}. The last: {error}")
-            if attempt == self.size:
-                raise InputError(f"{attempt} samples in a row are unreadable. The last: {self.bad[i]}")
+            if len(self.bad) == self.size:
+                raise InputError(f"all {self.size} samples are unreadable. The last: {error}")
 
     def next_batch(self, source) -> list[list[dict]]:
         """The next batch, a list of its samples for each row: one sample."""

@@ -3,10 +3,12 @@
     python evaluate.py                                     # the newest checkpoint below out/
     python evaluate.py --model assets/tiny --questions 300 --seed 20261124
 
-In this order: the flags, answers in batches, accuracy per task, the picture of predictions, main.
+In this order: the flags, answers in batches, the probe of text, accuracy per task, descriptions, plots, main.
 """
 import itertools
 import json
+import random
+import re
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from checkpoint import newest_checkpoint
 from common import InputError, flag, parse_flags
 from data import Tokenizer, collate, encode_conversation, load_image, turns
 from mono_internvl import MonoInternVL
-from world import TASKS, World, held_out_questions, is_correct
+from world import KINDS, TASKS, World, held_out_questions, is_correct, make_picture
 
 
 @dataclass
@@ -101,6 +103,22 @@ def print_table(table: dict) -> None:
     print(f"\n{'task':10}{'held-out':>10}{'blank image':>13}{'chance':>8}")
     for task, row in table.items():
         print(f"{task:10}{row['accuracy']:10.1%}{row['blank']:13.1%}{row['chance']:8.1%}")
+
+
+def described_rightly(model: MonoInternVL, tok: Tokenizer, n: int) -> dict[str, float]:
+    """The share of held-out pictures, n of each kind, whose description has no mistake ("right"), and the
+    same when the model sees blank pictures instead ("blank")."""
+    def facts(text):                   # in any order, without the words that say nothing
+        return {frozenset(re.findall(r"\w+", part)) - {"a", "is"} for part in re.split("[.,]", text)}
+
+    c, shares, rng = model.config, {}, random.Random("test")
+    pictures = [make_picture(rng, kind, "test") for kind in KINDS for _ in range(n)]
+    for column, shown in (("right", lambda image: image), ("blank", blank)):
+        answers = answer(model, tok, [(load_image(shown(picture.image), c.max_dynamic_patch, c.image_size),
+                                       "Describe the image.") for picture in pictures])
+        pairs = zip(answers, pictures, strict=True)
+        shares[column] = sum(facts(a) == facts(picture.text) for a, picture in pairs) / len(pictures)
+    return shares
 
 
 def plot_loss(log: Path, path: Path):

@@ -152,13 +152,11 @@ class KVCache:
 
 # ---------------------------------------------------------------- sampling
 
-def sample_token(logits: Tensor, generated: Tensor, temperature: float, top_k: int | None, top_p: float |
-None,
-                 repetition_penalty: float, generators: list) -> Tensor:
+def sample_token(logits: Tensor, generated: Tensor, temperature: float, top_k: int | None,
+                 top_p: float | None, repetition_penalty: float, generators: list) -> Tensor:
     """Next tokens (B,) from logits (B, V): penalty, temperature, top-k, top-p, in Hugging Face's order.
-    generated (B, V) bool: the tokens of the answer so far. generators: one for each row, None is the global
-    one.
-    """
+    generated (B, V) bool: the tokens of the answer so far. generators: one for each row; None is the global
+    generator."""
     if repetition_penalty != 1.0:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(generated, penalised, logits)
@@ -290,15 +288,13 @@ def check_options(rows, max_new_tokens, temperature, top_k, top_p, repetition_pe
 
 
 @torch.no_grad()                                   # not inference_mode: the results may be trained on
-def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None =
-None,
-             max_new_tokens: int = 256, temperature: float = 0.0, top_k: int | None = None,
-             top_p: float | None = None, repetition_penalty: float = 1.0,
+def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
+             attention_mask: Tensor | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
+             top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
              eos_token_id: int | Sequence[int] | None = None, seed: int | Sequence[int] | None = None,
              prefill_chunk: int | None = None, kv_cache: KVCache | None = None,
              num_tokens: int | None = None) -> Iterator[Tensor]:
-    """Yields the next token of every row, (B,) int64 on the CPU, until all rows have ended or the context is
-    full.
+    """Yields the next token of each row, (B,) int64 on the CPU, until all rows end or the context is full.
 
     input_ids (B, T), pixel_values (n_tiles, 3, S, S), attention_mask (B, T): as in MonoInternVL.forward, with
     the pads on the left, so that all rows end in the same column.
@@ -343,10 +339,11 @@ None,
     running = list(range(B))                       # the prompt's row that each row of the cache belongs to
     ended, last = set(), [0] * B                   # rows of the prompt, and the token that each yielded last
     for count in range(1, max_new_tokens + 1):
-        token = sample_token(logits.index_fill(1, forbidden, -torch.inf), generated, temperature, top_k,
-        top_p,
-                             repetition_penalty, [generators[row] for row in running])
-        token = token.masked_fill(logits.isnan().any(-1), -1)
+        bad = logits.isnan().any(-1)
+        logits = logits.index_fill(1, forbidden, -torch.inf)
+        token = sample_token(logits, generated, temperature, top_k, top_p, repetition_penalty,
+                             [generators[row] for row in running])
+        token = token.masked_fill(bad, -1)
         for row, t in zip(running, token.tolist(), strict=True):           # the one sync of a step
             if t < 0:
                 raise InputError(f"the logits are NaN in {str(dtype).removeprefix('torch.')}: numbers overflow, or "

@@ -32,8 +32,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}           # the
 def build(device: torch.device, source: Path = SOURCE) -> str:
     """Compiles with nvcc for a GPU, or with g++ and cuda_on_cpu.h for a CPU. Returns the path of the library.
 
-    torch keeps it under TORCH_EXTENSIONS_DIR. Its name changes with the sources, the flags, torch and the
-    GPU.
+    torch keeps it under TORCH_EXTENSIONS_DIR. Its name changes with sources, flags, torch and GPU.
     """
     import fcntl  # not on Windows
 
@@ -73,8 +72,7 @@ def build(device: torch.device, source: Path = SOURCE) -> str:
 @torch.compiler.disable
 @functools.cache
 def library(device: torch.device) -> ctypes.CDLL | None:
-    """moe_kernel.cu for this device, built on first use. If the build fails: None, and one warning says
-    why."""
+    """moe_kernel.cu for this device, built on first use. If that fails: None, and one warning says why."""
     try:
         loaded = ctypes.CDLL(build(device))
     except (ImportError, OSError, RuntimeError) as e:  # no setuptools, ninja or compiler, or its errors

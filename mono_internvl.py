@@ -11,7 +11,6 @@ laid end to end, K -> M widths of a linear. Names with _ve belong to the visual 
 """
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -70,12 +69,14 @@ class MonoInternVLConfig:
         check_fields(self)
         for name, value in vars(self).items():
             least = 0 if name.endswith("token_id") else 1e-12
-            require(type(value) not in (int, float) or least <= value < math.inf, name, "a positive number")
+            most = 1000 if name == "num_hidden_layers" else 2 ** 31 if type(value) is int else 1e12
+            require(type(value) not in (int, float) or least <= value <= most, name,
+                    f"a positive number of at most {most:g}")
         require(self.attn_experts in ("", "qkv", "qkvo"), "attn_experts", "'', 'qkv' or 'qkvo'")
         scaling = {"type": "linear", "factor": 1.0} if self.rope_scaling is None else self.rope_scaling
         require(scaling.get("type") in ("linear", "dynamic") and type(scaling.get("factor")) in (int, float)
-                and 1 <= scaling["factor"] < math.inf, "rope_scaling",
-                'null or {"type": "linear" or "dynamic", "factor": a number >= 1}')
+                and 1 <= scaling["factor"] <= 1e6, "rope_scaling",
+                'null or {"type": "linear" or "dynamic", "factor": a number from 1 to 1e6}')
         for whole, part in (("hidden_size", "num_attention_heads"),
                             ("num_attention_heads", "num_key_value_heads"), ("image_size", "patch_size")):
             require(getattr(self, whole) % getattr(self, part) == 0, whole,
@@ -367,8 +368,7 @@ class Attention(nn.Module):
             qkv = mmoe_linear(x, self.wqkv.weight, self.wqkv_ve.weight, routing)
         else:
             qkv = self.wqkv(x)
-        # The rows of wqkv are grouped by key/value head: its query heads, then its key, then its value
-        # [repo].
+        # The rows of wqkv are grouped by key/value head: its query heads, its key, its value [repo].
         group = c.num_attention_heads // c.num_key_value_heads
         qkv = qkv.view(B, T, c.num_key_value_heads, group + 2, c.head_dim).permute(0, 2, 3, 1, 4)
         qk = apply_rope(qkv[:, :, :-1].flatten(1, 2), *rope).unflatten(1, (-1, group + 1))
@@ -433,7 +433,7 @@ class InternLM2(nn.Module):
         if kv_cache is not None:
             past, real = kv_cache.length, kv_cache.extend(B, T, attention_mask)
         positions, own_lengths, mask = positions_and_mask(T, past, real, document_ids, x.device)
-        longest = past + T if document_ids is None else int(own_lengths.max())
+        longest = past + T if document_ids is None else int((own_lengths * (document_ids > 0)).max())
         if longest > self.c.context_length:
             raise InputError(f"{longest} tokens do not fit the context of {self.c.context_length}; "
                              "shorten the text or use fewer tiles")
@@ -593,8 +593,7 @@ class MonoInternVL(nn.Module):
         config = MonoInternVLConfig.from_json(Path(folder) / "config.json")
         if config.img_context_token_id is None:    # official configs leave it to the tokenizer's files
             config = replace(config, img_context_token_id=checkpoint.read_img_context_token_id(folder))
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls._without_memory(config, folder)
         return model._assign(checkpoint.read_tensors(folder, dtype, device), folder)
 
     @classmethod
@@ -614,9 +613,8 @@ class MonoInternVL(nn.Module):
             if getattr(config, name) != getattr(sizes, name):
                 raise InputError(f"{folder} has {name} = {getattr(sizes, name)}, "
                                  f"the config {getattr(config, name)}")
-        tensors = checkpoint.read_llm_tensors(folder, config, dtype, device, num_tokens)
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls._without_memory(config, folder)
+        tensors = checkpoint.read_llm_tensors(folder, config, sizes.vocab_size, dtype, device, num_tokens)
         tensors |= {name: tensors[text].clone() for name in model.state_dict() if "_ve." in name
                     if (text := name.replace("_ve.", ".")) in tensors}
         # The random vision embedding and mlp1 come from a model that has almost no LLM.
@@ -625,6 +623,15 @@ class MonoInternVL(nn.Module):
         tensors |= {name: t.to(device, dtype) for name, t in seeing.state_dict().items()
                     if not name.startswith("language_model")}
         return model._assign(tensors, folder)
+
+    @classmethod
+    def _without_memory(cls, config: MonoInternVLConfig, source) -> "MonoInternVL":
+        """A model whose parameters have shapes, but no values yet."""
+        try:
+            with torch.device("meta"):
+                return cls(config)
+        except RuntimeError as e:                  # a product of sizes overflows
+            raise InputError(f"{source}: a model of its config's sizes cannot be built: {e}") from None
 
     def _assign(self, tensors: dict[str, Tensor], source) -> "MonoInternVL":
         checkpoint.check_tensors(tensors, {name: t.shape for name, t in self.state_dict().items()}, source)

@@ -129,38 +129,34 @@ class Flags:
     preset: str = flag("tiny", "which table of stages: tiny, 2b or llava_sft", choices=list(PRESETS))
     stages: list[str] = flag([], "stages to run, e.g. S1.3 S2 (default: all)")
     out: str | None = flag(None, "folder of the run (default: out/RECIPE or out/RECIPE-PRESET)")
-    init_from: str | None = flag(None, "Mono-InternVL, InternLM2 or Llama-layout folder to start "
-                                 "from (default: the stage before, or nothing)")
+    init_from: str | None = flag(None, "folder to start from: a Mono-InternVL, InternLM2 or Llama layout")
     data: str | None = flag(None, "meta.json of your own data (default: the embedded world)")
-    batch_size: int | None = flag(None, "samples per forward pass and process (default: 16 or, for a billion "
-                                  "parameters, 4; at most the table's batch)")
-    grad_accum: int | None = flag(None, "forward passes per optimizer step (default: what makes the table's "
-                                  "batch on any number of processes)")
+    batch_size: int | None = flag(None, "samples per forward pass and process (default: 16, big models 4)")
+    grad_accum: int | None = flag(None, "forward passes per step (default: what makes the table's batch)")
     pack: bool = flag(False, "pack samples into rows of max_tokens; batches then count rows")
-    pool: int = flag(8, "so many batches are drawn and sorted by length together; 1: none, a random order")
+    pool: int = flag(8, "batches that are drawn and sorted by length together; 1 keeps the random order")
     workers: int = flag(0, "processes that read samples ahead, for each training process")
     steps: int | None = flag(None, "optimizer steps of each stage (default: as in the table)")
     lr: float | None = flag(None, "peak learning rate of each stage (default: as in the table)")
-    warmup: float = flag(0.03, "part of the steps over which the learning rate rises")
+    warmup: float = flag(0.03, "fraction of the steps over which the learning rate rises")
     weight_decay: float = flag(0.01, "AdamW's, on matrices")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     max_tokens: int | None = flag(None, "longest sample (default: as in the table, or the model's context)")
-    max_bad: float = flag(0.01, "part of the samples that may be unreadable before training stops")
+    max_bad: float = flag(0.01, "fraction of the samples that may be unreadable before training stops")
     seed: int = flag(0, "of weights, samples and their order")
     device: str = flag("auto", "cpu, cuda, ...; auto is cuda if there is one")
-    dtype: str = flag("auto", "of the forward pass and of frozen weights; what trains stays float32; auto: "
-                      "bfloat16 on GPUs that have it",
+    dtype: str = flag("auto", "of the forward pass and of frozen weights; auto: bfloat16 if the GPU has it",
                       choices=["auto", "float32", "bfloat16"])
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
-    parallel: str = flag("auto", "several processes: ddp, each holds all; fsdp, each holds a share; auto: "
-                         "fsdp from a billion parameters on", choices=["auto", "ddp", "fsdp"])
-    recompute: str = flag("auto", "of a layer keep the input only, and run it twice; auto: from a billion "
-                          "parameters on", choices=["auto", "on", "off"])
+    parallel: str = flag("auto", "ddp copies the model to each process, fsdp shards it; auto: big models",
+                         choices=["auto", "ddp", "fsdp"])
+    recompute: str = flag("auto", "run layers twice instead of keeping their results; auto: of big models",
+                          choices=["auto", "on", "off"])
     compile: bool = flag(False, "torch.compile the layers")
-    resume: str = flag("auto", "auto: go on with a run of this out folder that was interrupted; never: start "
-                       "anew", choices=["auto", "never"])
+    resume: str = flag("auto", "auto continues an interrupted run, never starts from the beginning",
+                       choices=["auto", "never"])
     save_every: int = flag(500, "optimizer steps between checkpoints within a stage")
-    keep: int = flag(2, "so many of them are kept")
+    keep: int = flag(2, "how many of these checkpoints are kept")
     peak_tflops: float | None = flag(None, "of one device, for MFU (default: a matrix product is measured)")
     dry_run: bool = flag(False, "only print the stages, the predicted memory and a batch")
     eval_questions: int = flag(100, "held-out questions per task at the end")
@@ -174,6 +170,7 @@ FREE_TO_CHANGE = {"out", "device", "moe", "workers", "parallel", "recompute", "c
 # ---------------------------------------------------------------- what a stage trains, and where
 
 def is_big(model: MonoInternVL) -> bool:
+    """Big models are sharded, recompute their layers, and take fewer samples at a time."""
     return sum(p.numel() for p in model.parameters()) > 1e9
 
 
@@ -218,8 +215,7 @@ def select_trainable(model: MonoInternVL, stage: Stage):
 
 
 def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
-    """Moves the model to its device and dtype, wraps it in DDP or FSDP if needed, and returns the module to
-    call.
+    """Moves the model to its device and dtype, wraps it in DDP or FSDP, and returns the module to call.
 
     What trains is held in float32, what is frozen in the dtype of the forward pass. DDP: each process holds
     the whole model, and gradients are averaged. FSDP: each holds a share of every tensor, and gathers a layer
@@ -512,15 +508,16 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
 
 # ---------------------------------------------------------------- what a stage starts from, and what it kept
 
-def origin(flags: Flags, stage: Stage, first: bool, out: Path):
+def origin(flags: Flags, stage: Stage, first: bool, out: Path, new_tokenizer: Path | None = None):
     """(config, tokenizer, a function that makes the model) that a stage begins with: --init_from for the
-    first of the run, the stage before it, or for S0 a new model."""
-    recipe = PRESETS[flags.preset][flags.recipe]
+    first of the run, the stage before it, or for S0 a new model. new_tokenizer: where to write a tokenizer
+    that has to be made (default: in `out`)."""
+    recipe, new_tokenizer = PRESETS[flags.preset][flags.recipe], new_tokenizer or out / "tokenizer"
     if stage.name == "S0" and not flags.init_from:
         if not rank():
-            make_world_tokenizer(out / "tokenizer")
+            make_world_tokenizer(new_tokenizer)
         common.wait_for_all()
-        tok = Tokenizer(out / "tokenizer")
+        tok = Tokenizer(new_tokenizer)
         config = tiny_config(flags.recipe, tok)
         return config, tok, lambda: MonoInternVL(config)
     before = recipe[max(0, recipe.index(stage) - 1)]
@@ -536,8 +533,8 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path):
         num_tokens = len(tok)
         missing = [token for token in checkpoint.IMAGE_TOKENS if token not in tok.special_tokens]
         if missing:
-            checkpoint.add_tokens(folder, out / "tokenizer", missing, len(tok))
-            tok = Tokenizer(out / "tokenizer")
+            checkpoint.add_tokens(folder, new_tokenizer, missing, len(tok))
+            tok = Tokenizer(new_tokenizer)
         config = MonoInternVLConfig.from_llm(
             folder, attn_experts="qkvo" if flags.recipe == "evip++" else "", bos_token_id=tok.bos_id,
             eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
@@ -548,7 +545,7 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path):
     def build() -> MonoInternVL:
         model = MonoInternVL.from_pretrained(folder, dtype=None)
         # EViP begins: the visual experts start as copies of the text experts.
-        return model.copy_text_experts() if before.name == "S0" and not flags.init_from else model
+        return model.copy_text_experts() if folder == out / "S0" else model
     config, tok = MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder)
     if (flags.recipe == "evip++") != bool(config.attn_experts):
         kind, other = ("1.5", "evip++") if config.attn_experts else ("v1", "evip")
@@ -573,7 +570,7 @@ def print_stages(stages: list[Stage], done: list[str], model: MonoInternVL, flag
     for s in stages:
         size, accum = batch_plan(model, s, flags, processes)
         say(f"{s.name:6}{s.goal:34}{s.trainable:20}{s.max_tiles:5}{flags.steps or s.steps:8}"
-            f"{size * accum * processes:7}{flags.lr or s.lr:8.0e}  {s.paper}"
+            f"{size * accum * processes:7}{s.lr if flags.lr is None else flags.lr:8.0e}  {s.paper}"
             + ("  (done)" if s.name in done else ""))
 
 
@@ -597,7 +594,7 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
             config = replace(MonoInternVLConfig.mono_internvl_2b(img_context_token_id=92546),
                              attn_experts="qkvo" if flags.recipe == "evip++" else "")
         else:
-            config, tok, _ = origin(flags, stages[0], True, Path(folder) if stages[0].name == "S0" else out)
+            config, tok, _ = origin(flags, stages[0], True, out, Path(folder))
         with torch.device("meta"):
             model = MonoInternVL(config)
         print_stages(stages, done, model, flags, processes)
@@ -606,14 +603,13 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
         print("\nMemory per device in GB for the longest batch (activations are estimated)"
               + (f", and hours if\nevery sample were the longest at {flags.peak_tflops:g} TFLOP/s a device"
                  if flags.peak_tflops else "") + ":")
-        shapes = shapes_of(model)
+        shapes, speed = shapes_of(model), processes * (flags.peak_tflops or math.nan) * 1e12
         for stage in stages:
             trained, longest = trainable_names(model, stage), token_limit(config, stage, flags)
             flop = budget.sample_flop(shapes, trained, config, longest, stage.max_tiles)
-            speed = processes * (flags.peak_tflops or math.nan) * 1e12
             budget.print_plan(stage.name, sum(math.prod(shapes[name]) for name in trained),
                               memory_plan(model, stage, flags, processes),
-                              stage.steps * stage.batch * flop / speed)
+                              (flags.steps or stage.steps) * stage.batch * flop / speed)
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
             return
@@ -681,8 +677,8 @@ def open_progress(out: Path, stage: Stage | None, record: dict, flags: Flags) ->
 
 
 def run_stage(stage: Stage, start: tuple, out: Path, flags: Flags, progress: Progress, report: dict) -> bool:
-    """Trains a stage from `start`, what origin returns, or from its newest checkpoint, and saves it. False:
-    stopped."""
+    """Trains a stage from `start`, what origin returns, or from its newest checkpoint, and saves it. Returns
+    False if it was stopped."""
     config, tok, build = start
     folder = out / f"{stage.name}.partial"
     partial = checkpoint.newest_partial(folder)
@@ -713,10 +709,9 @@ def finish(out: Path, flags: Flags, ask: bool, report: dict, started: float):
         print_table(report["tasks"])
     report["seconds"] = time.time() - started
     (out / "results.json").write_text(json.dumps(report, indent=2))
-    print(f"\n{report['seconds']:.0f} s. {out}/ has a checkpoint of each stage, results.json, log.jsonl, "
-          "loss.png")
+    print(f"\n{report['seconds']:.0f} s. {out}/ has a checkpoint of each stage, the log and the pictures.")
     if ask:
-        print("and predictions.png. Ask it: python sample.py --image FILE --prompt \"Describe the image.\"")
+        print("Ask it: python sample.py --image FILE --prompt \"Describe the image.\"")
 
 
 def run(flags: Flags):
