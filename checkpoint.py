@@ -6,6 +6,7 @@ In this order: configs as JSON; tensors in safetensors files; the language model
 tensors and plain values. Files are written aside and then renamed, so a file that has its name is complete.
 Nothing is ever unpickled.
 """
+import contextlib
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from common import (
     rank,
     read_json,
     say,
+    stop_together,
     sum_over_processes,
     wait_for_all,
     world_size,
@@ -358,13 +360,11 @@ def save_training(folder: Path, step: int, save_model: Callable[[Path], None], m
 
 
 def load_training(folder: Path, moments: dict[str, Tensor]) -> dict:
-    """Fills the moments in place, restores the random numbers, and returns the state of this process."""
-    states = [read_json(path) for path in sorted(folder.glob("rank*.json"))]
-    own = folder / f"rank{rank()}.json"
-    state = read_json(own if own.exists() else folder / "rank0.json")
-    # With another number of processes, all continue where the slowest of the old ones was in the order.
-    state["restart_at"] = None if state["processes"] == world_size() else min(
-        s["batches"]["position"] for s in states)
+    """Fills the moments in place, restores the random numbers, and returns the state of this process, with
+    the states of all that saved it under "everyones". A process that was not there then takes the first's."""
+    processes = read_json(folder / "rank0.json")["processes"]
+    everyones = [read_json(folder / f"rank{i}.json") for i in range(processes)]
+    state = everyones[rank() if rank() < processes else 0] | {"everyones": everyones}
     try:
         dcp.load(moments, no_dist=not dist.is_initialized(),
                  storage_reader=dcp.HuggingFaceStorageReader(str(folder / "optimizer")))
@@ -381,11 +381,14 @@ def read_run(out: Path, flags: dict, partials: list[Path], free_to_change: set[s
     """out/run.json, the record of a run: its flags, and which stages are done. An interrupted run is
     continued, if all flags that are not free to change are the same. A run that has finished, or that has
     saved nothing yet, starts from the beginning, as does any run with --resume never."""
-    new = {"flags": flags, "interrupted": False, "finished": False, "done": [], "log": 0, "report": {}}
+    new = {"flags": flags, "processes": world_size(), "interrupted": False, "finished": False, "done": [],
+           "log": 0, "report": {}}
     run = read_json(out / "run.json") if (out / "run.json").exists() else new
     run["interrupted"] = not run["finished"] and bool(run["done"] or any(map(newest_partial, partials)))
     if not run["interrupted"] or flags["resume"] == "never":
         return new
+    if run["processes"] != world_size():           # the samples of a step are compared later
+        free_to_change = free_to_change | {"grad_accum"}
     for name, value in run["flags"].items():
         if name not in free_to_change and value != flags.get(name, value):
             raise InputError(f"{out} holds an interrupted run that had --{name} {value}, not {flags[name]}: "
@@ -394,16 +397,20 @@ def read_run(out: Path, flags: dict, partials: list[Path], free_to_change: set[s
     return run
 
 
+@contextlib.contextmanager
 def lock_run(out: Path):
-    """A file that this process holds as long as it lives. Raises InputError if another run in `out` holds it."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "run.lock", "w")
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"another run is writing to {out}; wait for it, or name another --out") from None
-    return file
+    """Keeps other runs out of a folder. All processes call this. Raises InputError if one is there."""
+    problem = None
+    with contextlib.ExitStack() as until_the_end:
+        if not rank() and fcntl is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            file = until_the_end.enter_context(open(out / "run.lock", "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)           # released with this process
+            except OSError:
+                problem = f"another run is writing to {out}: wait for its end, or name another --out"
+        stop_together(problem)
+        yield
 
 
 def write_run(out: Path, run: dict) -> None:

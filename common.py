@@ -108,6 +108,12 @@ def sum_over_processes(*values: float) -> list[float]:
     return total.tolist()
 
 
+def stop_together(problem: str | None) -> None:
+    """Raises InputError on every process if one of them has a problem: the others would wait for it."""
+    if sum_over_processes(problem is not None)[0]:
+        raise InputError(problem or "another process stopped, its message says why")
+
+
 def wait_for_all():
     """Returns once every process has come here."""
     sum_over_processes(0)

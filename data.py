@@ -6,15 +6,20 @@ samples. `config` is a MonoInternVLConfig. Shapes: B rows of a batch, T tokens, 
 Sources as in mono_internvl.py: [repo] is the official code, [ours] our choice.
 """
 import codecs
+import ctypes
 import glob
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import tarfile
+import threading
+import time
 import warnings
 from array import array
 from bisect import bisect_right, insort_left
@@ -553,10 +558,29 @@ def batch_as_text(batch: dict, tok: Tokenizer, rows: int = 3) -> str:
 
 def too_many_bad(bad: int, seen: int, size: int, max_bad: float) -> str | None:
     """A message if the share of unreadable samples is above max_bad, else None. While fewer than 1000 (or
-    `size`, those of the dataset) were seen, it is the share of 1000."""
-    if bad <= max_bad * min(size, max(seen, 1000)):
+    `size`, those of the dataset) were seen, it is the share of 1000. Up to 10 are no reason to stop, unless
+    max_bad is 0 [ours]."""
+    if bad <= (max_bad and max(10, max_bad * min(size, max(seen, 1000)))):
         return None
-    return f"{bad} of {min(seen, size)} samples are unreadable; --max_bad {max_bad:g} allows fewer"
+    return (f"{bad} of the {min(seen, size)} samples read so far are unreadable; --max_bad {max_bad:g} "
+            "allows fewer")
+
+
+def end_with_parent(_: int):
+    """Called in each reader process. If the training process is killed, it cannot end its readers itself."""
+    parent = multiprocessing.parent_process().pid
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1                       # of linux/prctl.h
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:                 # it died before the call
+            os._exit(1)
+        return
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class ErrorsAsValues(Dataset):
@@ -614,7 +638,8 @@ class Batches:
         self.on_bad = on_bad or (lambda _, error: print("bad sample, left out:", error, file=sys.stderr))
         self.rng = random.Random(seed)             # shuffles batches on all ranks alike: like lengths meet
         self.seen, self.bad, self.packed_tokens, self.packed_room = 0, {}, 0, 0
-        self.start = 0                             # where this rank's share begins in the order of all ranks
+        # What comes first in the order, and where it goes on. Other numbers than these: `take_over`.
+        self.left_over, self.start = [], 0
         # Read, not given yet: the batches of a pool, one after the other, or, for packing, sorted by length.
         self.buffer: list[Buffered] = []
 
@@ -622,15 +647,16 @@ class Batches:
     def utilisation(self) -> float:
         return self.packed_tokens / max(1, self.packed_room)
 
-    @property
-    def position(self) -> int:
-        """The next sample's place in the order of all ranks, epochs one after the other."""
-        return self.start + self.seen * self.world_size + self.rank
+    def position(self, n: int) -> int:
+        """The place in the order, epochs one after the other, of sample n of all ranks together."""
+        waiting = len(self.left_over)
+        return self.left_over[n] if n < waiting else self.start + n - waiting
 
     def indices(self) -> Iterator[int]:
         """This rank's share of the order, from the first sample on that was not read yet."""
         epoch = order = None
-        for position in itertools.count(self.position, self.world_size):
+        for n in itertools.count(self.seen * self.world_size + self.rank, self.world_size):
+            position = self.position(n)
             if self.size and epoch != position // self.size:
                 epoch = position // self.size
                 order = np.arange(self.size, dtype=np.uint32 if self.size < 2 ** 32 else np.int64)
@@ -644,7 +670,8 @@ class Batches:
         ahead = max(2, -(-self.pool * self.batch_size // self.workers)) if self.workers else None
         for i, sample, error in DataLoader(
                 ErrorsAsValues(self.dataset), batch_size=None, sampler=self.indices(), collate_fn=tuple,
-                num_workers=self.workers, prefetch_factor=ahead, generator=torch.Generator()):
+                num_workers=self.workers, prefetch_factor=ahead, generator=torch.Generator(),
+                worker_init_fn=end_with_parent):
             for name, value in (sample or {}).items():
                 sample[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
             yield i, sample, error
@@ -709,19 +736,39 @@ class Batches:
     def state_dict(self) -> dict:
         """The position in the order, as JSON. Samples in the buffer are saved by their index."""
         return {"settings": {name: getattr(self, name) for name in self.SETTINGS}, "seen": self.seen,
-                "start": self.start, "position": self.position,
+                "left_over": self.left_over, "start": self.start,
                 "bad": list(self.bad.items()), "packed_tokens": self.packed_tokens,
                 "packed_room": self.packed_room, "rng": self.rng.getstate(),
                 "buffer": [{"number": b.number, "index": b.index, "tokens": b.tokens} for b in self.buffer]}
 
+    def check_settings(self, state: dict, names: Sequence[str] = SETTINGS):
+        for name in names:
+            if state["settings"][name] != getattr(self, name):
+                raise InputError(f"the order of samples was saved with {name} = {state['settings'][name]}, "
+                                 f"and now it is {getattr(self, name)}: continue with the same value, or "
+                                 "start a new run")
+
     def load_state_dict(self, state: dict):
         """Call it before iterating. Raises InputError if SETTINGS differ or a buffered sample is bad now."""
-        for name, value in state["settings"].items():
-            if value != getattr(self, name):
-                raise InputError(f"the order of samples was saved with {name} = {value}, and now it is "
-                                 f"{getattr(self, name)}: continue with the same value, or start a new run")
-        self.seen, self.start, self.bad = state["seen"], state["start"], dict(state["bad"])
+        self.check_settings(state)
+        self.seen, self.bad = state["seen"], dict(state["bad"])
+        self.left_over, self.start = state["left_over"], state["start"]
         self.packed_tokens, self.packed_room = state["packed_tokens"], state["packed_room"]
         version, words, gauss = state["rng"]
         self.rng.setstate((version, tuple(words), gauss))
         self.buffer = [Buffered(**b, sample=self.dataset[b["index"]]) for b in state["buffer"]]
+
+    def take_over(self, states: Sequence[dict]):
+        """Continues the order of another number of ranks from the states of all of them. First come the
+        samples that were still in their buffers, or that one rank had not reached while others were further
+        on: none is lost, and none is given twice. Call it before iterating."""
+        old = len(states)
+        for state in states:
+            self.check_settings(state, ("seed", "size"))
+            self.bad |= dict(state["bad"])
+        self.left_over, self.start = states[0]["left_over"], states[0]["start"]
+        end = max(len(self.left_over), *(state["seen"] * old for state in states))
+        numbers = [(b["number"] - 1) * old + r for r, state in enumerate(states) for b in state["buffer"]]
+        for r, state in enumerate(states):
+            numbers += range(state["seen"] * old + r, end, old)
+        self.left_over, self.start = sorted(map(self.position, numbers)), self.position(end)

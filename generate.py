@@ -346,8 +346,8 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
         token = token.masked_fill(bad, -1)
         for row, t in zip(running, token.tolist(), strict=True):           # the one sync of a step
             if t < 0:
-                raise InputError(f"the logits are NaN in {str(dtype).removeprefix('torch.')}: numbers overflow, or "
-                                 "the weights are damaged; try --dtype bfloat16 or float32")
+                raise InputError(f"the logits are NaN in {str(dtype).removeprefix('torch.')}: numbers "
+                                 "overflow, or the weights are damaged; try --dtype bfloat16 or float32")
             last[row] = ends[0] if row in ended else t
         yield torch.tensor(last)
         ended |= {row for row in running if last[row] in ends}

@@ -95,6 +95,7 @@ RECIPES = {
 # The real thing, on a node of GPUs: what the papers say, and [ours] where they leave it open: batches before
 # S1.3, the learning rates of 1.5, max_tokens (256 a tile, and room for text). Steps = samples / batch.
 SFT = Stage("S2", INSTRUCT, "all", 6, 5197, 4e-5, "cosine", "LLaVA-665k, 4e-5 cosine", 128, 2048)    # [repo]
+EPOCHS = 3                                            # of your own data, without --steps and --preset [ours]
 PRESETS = {
     "tiny": RECIPES,                                  # from nothing, with its own small language model
     "2b": {                                           # from a pre-trained LLM: --init_from
@@ -270,23 +271,21 @@ def learning_rate(step: int, steps: int, stage: Stage, flags: Flags) -> float:
 
 # ---------------------------------------------------------------- one optimizer step
 
-def next_batches(source, batches: Batches, accum: int, flags: Flags) -> tuple[list[dict], float]:
-    """(the micro-batches of this process, the supervised tokens of all processes). Raises InputError on every
-    process if one of them cannot read enough samples: the others would wait for its gradients forever."""
+def next_batches(source, batches: Batches, accum: int, flags: Flags) -> tuple[list[dict], float, int, int]:
+    """(the micro-batches of this process; of all processes together: the supervised tokens, and how many bad
+    samples there were among how many). Raises InputError on every process if one of them cannot read enough
+    samples."""
     micro, problem = [], None
     try:
         micro = [next(source) for _ in range(accum)]
     except InputError as e:
         problem = str(e)
     supervised = sum(int((m["labels"][:, 1:] != -100).sum()) for m in micro)
-    failed, bad, seen, total = common.sum_over_processes(
-        problem is not None, len(batches.bad), batches.seen, supervised)
+    bad, seen, total = map(int, common.sum_over_processes(len(batches.bad), batches.seen, supervised))
     # Each process meets the same bad samples once per epoch, hence size · world_size.
-    problem = problem or too_many_bad(int(bad), int(seen), world_size() * (batches.size or sys.maxsize),
-                                      flags.max_bad)
-    if problem or failed:
-        raise InputError(problem or "another process stopped, its message says why")
-    return micro, total
+    common.stop_together(problem or too_many_bad(bad, seen, world_size() * (batches.size or sys.maxsize),
+                                                 flags.max_bad))
+    return micro, total, bad, seen
 
 
 def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stage: Stage,
@@ -354,7 +353,7 @@ class Progress:
     @contextmanager
     def steps(self, stage: Stage, model: MonoInternVL, first: int, steps: int, flags: Flags):
         """Yields the numbers of a stage's steps that are to be done, under a bar."""
-        self.stage, self.device = stage.name, flags.device
+        self.stage, self.device, self.bad_of = stage.name, flags.device, (0, 0)
         self.totals, self.started = defaultdict(float), time.time()
         self.rates = budget.flop_rates(shapes_of(model), trainable_names(model, stage), model.config)
         self.peak = (flags.peak_tflops or 0) * 1e12 or budget.measured_peak(flags.device, flags.dtype)
@@ -369,6 +368,9 @@ class Progress:
             yield self.bar
         finally:
             self.bar.close()
+            if self.bad_of[0]:
+                say("{}: {} of {} samples were bad and left out; log.jsonl names them".format(
+                    self.stage, *self.bad_of))
             if self.board:
                 self.board.close()
 
@@ -441,23 +443,27 @@ def save(model: MonoInternVL, tok: Tokenizer, folder: Path):
     checkpoint.save_with_tokenizer(folder, model.state_dict(), asdict(model.config), tok.folder)
 
 
-def resume(folder: Path | None, model: MonoInternVL, optimizer: torch.optim.AdamW, batches: Batches) -> int:
-    """Restores all but the weights from a checkpoint within a stage. Returns how many steps were done."""
+def resume(folder: Path | None, model: MonoInternVL, optimizer: torch.optim.AdamW, batches: Batches,
+           batch: int) -> int:
+    """Restores all but the weights from a checkpoint within a stage. Returns how many steps were done. batch:
+    samples of a step."""
     if folder is None:
         return 0
     state = checkpoint.load_training(folder, moments(model, optimizer))
     for of_parameter in optimizer.state.values():
         of_parameter["step"].fill_(state["step"])
-    if state["restart_at"] is not None:            # another number of processes: their buffers are not ours
-        batches.start, batches.bad = state["restart_at"], dict(state["batches"]["bad"])
-        return state["step"]
     problem = None
     try:
-        batches.load_state_dict(state["batches"])  # reads samples again
+        if state["processes"] == world_size():
+            batches.load_state_dict(state["batches"])                      # reads samples again
+        else:
+            batches.take_over([one["batches"] for one in state["everyones"]])
     except InputError as e:
         problem = str(e)
-    if common.sum_over_processes(problem is not None)[0]:
-        raise InputError(problem or "another process stopped, its message says why")
+    if state["batch"] != batch:
+        problem = (f"a step of this run has {state['batch']} samples, and with {world_size()} process(es) it "
+                   f"would have {batch}: change --grad_accum")
+    common.stop_together(problem)
     return state["step"]
 
 
@@ -475,12 +481,13 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
                       workers=flags.workers, pool=flags.pool, on_bad=progress.bad_sample,
                       pack_tokens=token_limit(model.config, stage, flags) if flags.pack else None,
                       max_bad=1.0)                                         # next_batches counts those of all
-    first = resume(checkpoint.newest_partial(partial) if partial else None, model, optimizer, batches)
+    batch = batch_size * accum * world_size()
+    first = resume(checkpoint.newest_partial(partial) if partial else None, model, optimizer, batches, batch)
     source = iter(batches)
     model.train()
     with stop_signals() as stopped, progress.steps(stage, model, first, steps, flags) as numbers:
         for step in numbers:
-            micro, supervised = next_batches(source, batches, accum, flags)
+            micro, supervised, *progress.bad_of = next_batches(source, batches, accum, flags)
             token_losses = backward(model, forward, micro, supervised, stage, flags)
             norm = full_tensor(torch.nn.utils.clip_grad_norm_(trainable, flags.grad_clip)).item()
             loss_sum, by_task, not_finite, own = account(model.config, micro, token_losses)
@@ -499,7 +506,8 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
             if partial and not is_last and (stop or (step + 1) % flags.save_every == 0):
                 checkpoint.save_training(partial, step + 1, lambda folder: save(model, tok, folder),
                                          moments(model, optimizer), keep=flags.keep,
-                                         state={"batches": batches.state_dict(), "log": progress.file.tell()})
+                                         state={"batches": batches.state_dict(), "batch": batch,
+                                                "log": progress.file.tell()})
             if stop and not is_last:
                 return False
     model.eval()
@@ -549,10 +557,11 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path, new_tokenizer: Pa
     config, tok = MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder)
     if (flags.recipe == "evip++") != bool(config.attn_experts):
         kind, other = ("1.5", "evip++") if config.attn_experts else ("v1", "evip")
-        raise InputError(f"{folder} is a {kind} model (its attn_experts is {config.attn_experts!r}), --recipe is "
-                         f"{flags.recipe}: train it with --recipe {other}")
+        raise InputError(f"{folder} is a {kind} model (its attn_experts is {config.attn_experts!r}), and "
+                         f"--recipe is {flags.recipe}: train it with --recipe {other}")
     if len(tok) > config.vocab_size:
-        raise InputError(f"the tokenizer in {folder} has {len(tok)} tokens, the model knows {config.vocab_size}")
+        raise InputError(f"the tokenizer in {folder} has {len(tok)} tokens, "
+                         f"the model knows {config.vocab_size}")
     return config, tok, build
 
 
@@ -569,7 +578,8 @@ def print_stages(stages: list[Stage], done: list[str], model: MonoInternVL, flag
         "  2B model in the paper")
     for s in stages:
         size, accum = batch_plan(model, s, flags, processes)
-        say(f"{s.name:6}{s.goal:34}{s.trainable:20}{s.max_tiles:5}{flags.steps or s.steps:8}"
+        own = f"{EPOCHS} ep." if flags.data and flags.preset == "tiny" else s.steps
+        say(f"{s.name:6}{s.goal:34}{s.trainable:20}{s.max_tiles:5}{flags.steps or own:>8}"
             f"{size * accum * processes:7}{s.lr if flags.lr is None else flags.lr:8.0e}  {s.paper}"
             + ("  (done)" if s.name in done else ""))
 
@@ -614,7 +624,8 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
             return
         size, accum = batch_plan(model, stages[0], flags, processes)
-        dataset, limit = load_data(stages[0], tok, config, flags), token_limit(config, stages[0], flags)
+        dataset, _ = load_data(stages[0], tok, config, flags, size * accum * processes)
+        limit = token_limit(config, stages[0], flags)
         batch = next(iter(Batches(dataset, size, tok.pad_id, seed=flags.seed, pool=flags.pool,
                                   pack_tokens=limit if flags.pack else None)))
         print(f"\n{stages[0].name}: {accum} × {processes} × {size} rows a step. The first batch has the "
@@ -659,10 +670,21 @@ def choose_device(flags: Flags):
         flags.dtype = "bfloat16" if has_bf16 else "float32"
 
 
-def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: Flags):
+def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: Flags, batch: int):
+    """(dataset, the stage with the steps that it will take). batch: samples of a step."""
     if not flags.data:
-        return World(stage.name, tok, config, stage.max_tiles, flags.seed)
-    return load_meta(flags.data, tok, config, stage.max_tiles, token_limit(config, stage, flags), flags.seed)
+        return World(stage.name, tok, config, stage.max_tiles, flags.seed), stage
+    limit = token_limit(config, stage, flags)
+    dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed)
+    if stage.trainable.startswith("visual") and not any(d.has_images for d in dataset.datasets):
+        raise InputError(f"{stage.name} learns to see, but no sample of {flags.data} has an image; for "
+                         "text alone, choose --stages S2")
+    if flags.steps is None and flags.preset == "tiny":                     # its table counts other samples
+        stage = replace(stage, steps=math.ceil(EPOCHS * len(dataset) / batch))
+    steps = flags.steps or stage.steps
+    say(f"{stage.name}: {len(dataset)} samples (" + ", ".join(f"{d.task} {len(d)}" for d in dataset.datasets)
+        + f"); {steps} steps of {batch} are {steps * batch} samples, {steps * batch / len(dataset):.3g} epochs")
+    return dataset, stage
 
 
 def open_progress(out: Path, stage: Stage | None, record: dict, flags: Flags) -> Progress:
@@ -683,9 +705,11 @@ def run_stage(stage: Stage, start: tuple, out: Path, flags: Flags, progress: Pro
     folder = out / f"{stage.name}.partial"
     partial = checkpoint.newest_partial(folder)
     model = MonoInternVL.from_pretrained(partial / "model", dtype=None) if partial else build()
-    if stage.trainable != "text":                  # the tiles to ask with are the tiles it was trained with [repo]
+    if stage.trainable != "text":                  # what it was trained with is what it is asked with [repo]
         model.config.max_dynamic_patch = max(stage.max_tiles, config.min_dynamic_patch)
-    if not train_stage(model, load_data(stage, tok, config, flags), stage, flags, progress, tok, folder):
+    size, accum = batch_plan(model, stage, flags, world_size())
+    dataset, stage = load_data(stage, tok, config, flags, size * accum * world_size())
+    if not train_stage(model, dataset, stage, flags, progress, tok, folder):
         say(f"stopped; {folder} is complete: the same command continues from there")
         return False
     save(model, tok, out / stage.name)
@@ -715,13 +739,18 @@ def finish(out: Path, flags: Flags, ask: bool, report: dict, started: float):
 
 
 def run(flags: Flags):
-    started, stages = time.time(), check_flags(flags)
+    stages = check_flags(flags)
     choose_device(flags)
     if world_size() > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if flags.device.startswith("cuda") else "gloo")
     out = Path(flags.out or f"out/{flags.recipe}" + f"-{flags.preset}" * (flags.preset != "tiny"))
     torch.manual_seed(flags.seed)
-    partials = [out / f"{stage.name}.partial" for stage in stages]
+    with nullcontext() if flags.dry_run else checkpoint.lock_run(out):
+        run_stages(stages, out, flags)
+
+
+def run_stages(stages: list[Stage], out: Path, flags: Flags):
+    started, partials = time.time(), [out / f"{stage.name}.partial" for stage in stages]
     record = checkpoint.read_run(out, vars(flags), partials, FREE_TO_CHANGE)
     common.wait_for_all()                          # all have read the record: from now on it may change
     if flags.dry_run:
@@ -741,7 +770,7 @@ def run(flags: Flags):
         print_stages(stages, record["done"], MonoInternVL(start[0]), flags, world_size())
     say(f"writes {out}/")
     progress = open_progress(out, todo[0] if todo else None, record, flags)
-    record["flags"] = record["flags"] | vars(flags)
+    record |= {"flags": record["flags"] | vars(flags), "processes": world_size()}
     checkpoint.write_run(out, record)
     for stage in todo:
         start = start if stage is first else origin(flags, stage, stage is stages[0], out)
