@@ -45,7 +45,8 @@ def answer(model: MonoInternVL, tok: Tokenizer, asked: list[tuple[Tensor, str]])
     batch = collate(samples, tok.pad_id, left=True)
     del batch["labels"]
     batch = {name: t if t is None else t.to(device) for name, t in batch.items()}
-    rows = torch.stack(list(model.generate(**batch, max_new_tokens=48, eos_token_id=end)), 1).tolist()
+    tokens = model.generate(**batch, max_new_tokens=48, eos_token_id=end, num_tokens=len(tok))
+    rows = torch.stack(list(tokens), 1).tolist()
     return [tok.decode(row[:row.index(end)] if end in row else row, skip_special_tokens=False)
             for row in rows]
 

@@ -1065,7 +1065,7 @@ def test_a_checkpoint_loads_in_half_precision_and_stays_close(golden, tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_checkpoints_within_a_stage_restore_everything_and_only_the_newest_stay(tmp_path, monkeypatch):
+def test_checkpoints_within_a_stage_restore_everything_and_only_the_newest_stay(tmp_path):
     def save(step, save_model=Path.mkdir):
         torch.manual_seed(step)
         checkpoint.save_training(tmp_path, step, save_model, {"mean": torch.full((2, 3), float(step))},
@@ -1083,10 +1083,6 @@ def test_checkpoints_within_a_stage_restore_everything_and_only_the_newest_stay(
     state = checkpoint.load_training(newest, restored)
     assert (state["step"], state["log"], restored["mean"].tolist()) == (10, 100, [[10.0] * 3] * 2)
     assert torch.equal(torch.rand(3), expected)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"saved by 1 process\(es\).*--init_from .*step-0000010/model"):
-        checkpoint.load_training(newest, restored)
-    monkeypatch.delenv("WORLD_SIZE")
     [file] = (newest / "optimizer").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match=f"^{newest}/optimizer is damaged or incomplete .*$"):
@@ -1669,14 +1665,15 @@ def test_epochs_and_seeds_differ_and_too_many_bad_samples_or_another_order_are_r
     assert ids(3, dataset=Endless(), batch_size=2, rank=1, world_size=3) == [1, 4, 7, 10, 13, 16]
     ids(30, range(5), max_bad=0.5)
     assert capsys.readouterr().err.count("bad sample, left out: line") == 5
-    for options, message in (({"bad": range(6), "max_bad": 0.5}, r"6 of \d+ .* unreadable; --max_bad 0.5"),
-                             ({"bad": range(10), "max_bad": 1}, "all 10 samples are unreadable"),
+    for options, message in (({"bad": range(6), "max_bad": 0}, r"1 of the \d+ samples .* unreadable; --max_bad 0"),
+                             ({"bad": range(10), "max_bad": 0.5}, "all 10 samples are unreadable"),
                              ({"pack_tokens": 8}, "sample .: 9 tokens, a packed row has 8")):
         with pytest.raises(InputError, match=message):
             ids(30, **options)
     for bad, seen, size, allowed in ((10, 20, 10 ** 6, 1), (11, 20, 10 ** 6, 0), (20, 2000, 10 ** 6, 1),
-                                     (21, 2000, 10 ** 6, 0), (1, 50, 100, 1), (2, 50, 100, 0)):
+                                     (21, 2000, 10 ** 6, 0), (10, 50, 60, 1), (11, 50, 60, 0)):
         assert (data.too_many_bad(bad, seen, size, 0.01) is None) == allowed
+    assert data.too_many_bad(1, 20, 10 ** 6, 0) and not data.too_many_bad(0, 20, 10 ** 6, 0)
     options = {"dataset": Samples([9] * 10), "batch_size": 2, "pad_token_id": 0, "pool": 3, "world_size": 2}
     next(iter(source := Batches(**options)))
     for name, value in (("batch_size", 3), ("pool", 2), ("pack_tokens", 99), ("seed", 1), ("rank", 1),
@@ -1741,6 +1738,58 @@ def test_batches_are_those_of_a_naive_loop_wherever_the_order_is_saved_and_resto
         source.load_state_dict(state)
     assert sorted(named) == sorted(source.bad) == sorted({*itertools.islice(seen, source.seen)} & unreadable)
     assert source.utilisation == (tokens / room if limit else 0)
+
+
+@law
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=9), bad=st.sets(st.integers(0, 8)),
+       limit=st.sampled_from([None, 8]), seed=st.integers(0, 3),
+       runs=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=2, max_size=4))
+def test_another_number_of_processes_loses_no_sample_and_reads_none_twice(lengths, bad, limit, seed, runs):
+    """runs: for each run, how many batches each of its processes gives. None is ahead of the order for good."""
+    samples, states, given_ids = Samples(lengths, bad), [], []
+    unreadable = {i for i, tokens in enumerate(lengths) if i in bad or tokens > (limit or 9)}
+    assume(len(unreadable) < len(lengths))
+    for steps in [*runs, [0]]:                     # the last run only tells what is still to come
+        processes = [Batches(samples, 1, 0, seed=seed, rank=rank, world_size=len(steps), pool=2, max_bad=1,
+                             pack_tokens=limit, on_bad=lambda *_: None) for rank in range(len(steps))]
+        for batches, n in zip(processes, steps, strict=True):
+            if states:
+                batches.take_over(states)
+            given_ids += [i for batch in itertools.islice(batches, n) for i in batch["ids"]]
+        states = [json.loads(json.dumps(batches.state_dict())) for batches in processes]
+    whole_order = (batch["ids"][0] for batch in Batches(Samples([1] * len(lengths)), 1, 0, seed=seed, pool=1))
+    order = list(itertools.islice(whole_order, batches.start))
+    still_to_come = [order[position] for position in batches.left_over]
+    assert sorted(given_ids + [i for i in still_to_come if i not in unreadable]) == \
+        sorted(i for i in order if i not in unreadable)
+
+
+READ_IN_A_WORKER = """
+import itertools, os, sys, time
+from data import Batches
+class Slow:
+    def __getitem__(self, i):
+        if i:
+            print(os.getpid(), flush=True)
+            time.sleep(100)
+sys.platform = sys.argv[1]
+next(iter(Batches(Slow(), 1, 0, workers=1)))
+"""
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_reader_processes_end_with_a_trainer_that_was_killed(platform, tmp_path):
+    with subprocess.Popen([sys.executable, "-c", READ_IN_A_WORKER.replace("if i:", "if True:"), platform],
+                          cwd=HERE, stdout=subprocess.PIPE, text=True) as trainer:
+        reader = int(trainer.stdout.readline())
+        trainer.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{reader}").exists():
+            return
+        time.sleep(0.1)
+    os.kill(reader, signal.SIGKILL)
+    raise AssertionError("the reader still lives after 10 s")
 
 
 # ---------------------------------------------------------------- sample.py
@@ -2969,10 +3018,65 @@ def test_own_data_trains_and_a_bad_sample_is_left_out_and_named(lessons, tmp_pat
                  "--out", str(tmp_path / "out"), "--stages", "S2", "--steps=6", *FEW]
     assert train_evip.main([*arguments, "--max_bad=0.2"]) == 0
     [named] = [e["error"] for e in events_of(tmp_path / "out") if e.get("event") == "bad sample"]
-    assert "lines.jsonl:1" in named and "bad.png" in named and named in capsys.readouterr().err
-    assert MonoInternVL.from_pretrained(tmp_path / "out/S2")
-    assert train_evip.main([*arguments, "--max_bad=0.05"]) == 1
-    assert "--max_bad 0.05" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "lines.jsonl:1" in named and "bad.png" in named and named in said.err
+    assert re.search("S2: 1 of [0-9]+ samples were bad and left out", said.out)
+    # The tiles that a stage was trained with are the tiles that its checkpoint is asked with.
+    assert MonoInternVL.from_pretrained(tmp_path / "out/S2").config.max_dynamic_patch == 24
+    assert train_evip.main([*arguments, "--max_bad=0"]) == 1
+    assert re.search("1 of the [0-9]+ samples .*--max_bad 0 ", capsys.readouterr().err)
+
+
+def test_own_data_is_read_three_times_and_samples_beyond_the_context_are_left_out(lessons, tmp_path, capsys):
+    meta, out = write_conversations(tmp_path, 0, 5), tmp_path / "out"
+    with open(tmp_path / "lines.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"id": "long", "conversations": data.turns("Why?", "red " * 2000)}))
+    entry = {"root": ".", "annotation": "lines.jsonl", "max_dynamic_patch": 1}
+    meta.write_text(json.dumps({"signs": entry, "more": {**entry, "repeat_time": 2}}))
+    assert train_evip.main([f"--data={meta}", f"--init_from={lessons}/model", f"--out={out}", "--stages", "S2",
+                            "--max_tokens=5000", *FEW]) == 0
+    said = capsys.readouterr()
+    assert "S2 learns from 18 samples: 6 of signs, 12 of more; 27 steps draw 54: 3 epochs" in said.out
+    assert len(steps_logged(out)) == 27
+    named = {e["error"] for e in events_of(out) if e.get("event") == "bad sample"}
+    assert len(named) == 1 and re.search(r"lines.jsonl:6: \d+ tokens, the limit is 1024", named.pop())
+    assert MonoInternVL.from_pretrained(out / "S2").config.max_dynamic_patch == 24     # not the data set's 1
+
+
+def test_what_cannot_be_trained_is_refused_before_the_first_step(lessons, world_tok, tmp_path, capsys):
+    def refused(*flags):
+        assert train_evip.main([f"--data={tmp_path}/meta.json", f"--out={tmp_path}/out", *FEW, *flags]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and not any(map(steps_logged, tmp_path.glob("out")))
+        return error
+
+    write_conversations(tmp_path, 0, 1)
+    model = f"--init_from={lessons}/model"
+    assert "is a 1.5 model" in refused(model, "--recipe=evip", "--stages", "S2")
+    train_evip.save(learner(world_tok, "evip"), world_tok, tmp_path / "v1")
+    assert "is a v1 model" in refused(f"--init_from={tmp_path}/v1", "--stages", "S2")
+    small = MonoInternVL(replace(learner(world_tok).config, vocab_size=len(world_tok) - 1))
+    train_evip.save(small, world_tok, tmp_path / "small")
+    assert f"has {len(world_tok)} tokens, the model knows {len(world_tok) - 1}" in \
+        refused(f"--init_from={tmp_path}/small", "--stages", "S2")
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"conversations": data.turns("Why?", "So.")}))
+    assert "no sample of" in refused(model, "--stages", "S1.2")
+
+
+def test_a_second_run_in_one_folder_is_refused_while_the_first_lives(lessons, tmp_path, monkeypatch):
+    out, flags = tmp_path / "out", [*lessons_of(lessons, "S2"), "--steps=2", *FEW]
+
+    def second_run(rank, step):
+        monkeypatch.undo()
+        run = subprocess.run([sys.executable, "train_evip.py", *flags, f"--out={out}"], cwd=HERE,
+                             capture_output=True, text=True)
+        if run.returncode != 1 or "another run is writing to" not in run.stderr:
+            os._exit(99)
+
+    assert train(out, *flags, hook=lambda rank, step: step or second_run(rank, step)) == [0]
+    assert [step for _, step, *_ in steps_logged(out)] == [0, 1]
+    monkeypatch.setattr(checkpoint, "fcntl", None)     # as on Windows, where both would run
+    assert train(out, *flags) == [0]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -3218,6 +3322,24 @@ def test_two_processes_resume_bitwise_and_learn_what_one_learns_from_twice_the_b
 
 
 @slow
+@pytest.mark.parametrize("worlds, parallel", [((2, 1), "fsdp auto"), ((1, 2), "auto fsdp"), ((1, 2), "auto ddp"),
+                                              ((2, 1), "ddp auto"), ((2, 2), "ddp fsdp"), ((2, 2), "fsdp ddp")])
+def test_another_number_of_processes_goes_on_as_if_it_had_been_there_from_the_start(
+        lessons, tmp_path, worlds, parallel):
+    flags = [*lessons_of(lessons, "S2"), "--steps=5", "--pool=1", "--batch_size=2", "--warmup=0"]
+    once, pieces = tmp_path / "once", tmp_path / "pieces"
+    assert train(once, *flags, "--grad_accum=2") == [0]
+    for world, name, hook in zip(worlds, parallel.split(), (signal_at(2, signal.SIGINT), None), strict=True):
+        assert train(pieces, *flags, f"--grad_accum={2 // world}", f"--parallel={name}", world=world,
+                     hook=hook) == [0] * world
+    for mine, theirs in zip(steps_logged(pieces), steps_logged(once), strict=True):
+        assert mine[:2] == theirs[:2] and mine[2] == pytest.approx(theirs[2], rel=1e-4)
+    mine, theirs = (load_file(folder / "S2/model.safetensors") for folder in (pieces, once))
+    for name, weight in theirs.items():            # moments that were lost would change the second half
+        assert_close(mine[name], weight, rtol=0, atol=2e-5)
+
+
+@slow
 def test_ten_kills_at_random_moments_lose_nothing_beyond_the_last_checkpoint(lessons, tmp_path):
     flags = [*lessons_of(lessons, "S2"), "--steps=32", *FEW, "--save_every=1", "--max_tokens=64",
              "--max_bad=1"]
@@ -3257,8 +3379,8 @@ def test_problems_of_one_process_stop_all_and_leave_the_earlier_checkpoints_usab
         error = Path(f"{out}.err{rank}").read_text().splitlines()[-1]
         assert re.search("of step 2 cannot be written.*process 0: .Errno 27. File too large", error)
     assert [p.name for p in (out / "S2.partial").iterdir()] == ["step-0000001"]
-    # another number of processes cannot continue the order of samples; as many can
-    advice = r"saved by 2 process\(es\).*--init_from .*step-0000001/model"
+    # one process continues, but only with as many samples in a step
+    advice = r"a step of this run has 4 samples, and with 1 process\(es\) it would have 2: change --grad_accum"
     assert train(out, *flags) == [1] and re.search(advice, Path(f"{out}.err0").read_text())
     assert train(out, *flags, "--parallel=fsdp", world=2) == [0, 0]
     assert [step for _, step, *_ in steps_logged(out)] == [0, 1, 2, 3]
@@ -3267,7 +3389,8 @@ def test_problems_of_one_process_stop_all_and_leave_the_earlier_checkpoints_usab
     assert train(out, f"--data={half_unreadable}", *flags[1:], "--max_bad=0.1", world=2) == [1, 1]
     for rank, log in enumerate(("log.jsonl", "log.rank1.jsonl")):
         error = Path(f"{out}.err{rank}").read_text()
-        assert "samples are unreadable; --max_bad 0.1 allows fewer" in error and "Traceback" not in error
+        assert re.search(r"\d of the \d+ samples .* --max_bad 0.1 allows fewer", error)
+        assert "Traceback" not in error
         named = [e["error"] for e in map(json.loads, (out / log).open()) if "error" in e]
         assert named and all("bad.png" in error for error in named) and len(set(named)) == len(named)
 
@@ -3303,8 +3426,9 @@ def test_an_interrupted_run_continues_and_a_finished_one_starts_from_the_beginni
     assert [e["event"] for e in events_of(out) if "event" in e] == ["run", "resume", "resume", "run", "run"]
 
 
-def language_model(folder: Path, world_tok, kind: str) -> Path:
-    """A small LLM folder with a sentencepiece tokenizer that knows no chat and no images."""
+def language_model(folder: Path, world_tok, kind: str, padding: int):
+    """A small LLM folder with a sentencepiece tokenizer that knows no chat and no images. padding: rows of
+    zeros after those of its tokens."""
     folder.mkdir()
     shutil.copy(world_tok.folder / "tokenizer.model", folder)
     source, outer = GOLDEN / "llama_tiny", ("model.embed_tokens.weight", "lm_head.weight")
@@ -3312,17 +3436,19 @@ def language_model(folder: Path, world_tok, kind: str) -> Path:
         write_llm(folder)
         source, outer = folder, ("model.tok_embeddings.weight", "output.weight")
     size, weights = len(world_tok.sp), load_file(source / "model.safetensors")
-    save_file(weights | {name: torch.randn(size, 32) for name in outer}, folder / "model.safetensors")
-    config = json.loads((source / "config.json").read_text()) | {"vocab_size": size}
+    rows = {name: F.pad(torch.randn(size, 32), (0, 0, 0, padding)) for name in outer}
+    save_file(weights | rows, folder / "model.safetensors")
+    config = json.loads((source / "config.json").read_text()) | {"vocab_size": size + padding}
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-    return folder
 
 
-@pytest.mark.parametrize("kind, recipe", [("llama", "evip++"),
-                                          pytest.param("internlm2", "evip", marks=slow)])
+@pytest.mark.parametrize("kind, recipe, padding", [("llama", "evip++", 0), ("llama", "evip++", 30),
+                                                   pytest.param("internlm2", "evip", 5, marks=slow)])
 def test_training_starts_from_a_language_model_whose_tokenizer_gets_image_tokens(world_tok, tmp_path, capsys,
-                                                                                 kind, recipe):
-    llm, out, size = language_model(tmp_path / "llm", world_tok, kind), tmp_path / "out", len(world_tok.sp)
+                                                                                 kind, recipe, padding):
+    """padding: rows of the vocabulary beyond the tokenizer, as many models have them."""
+    llm, out, size = tmp_path / "llm", tmp_path / "out", len(world_tok.sp)
+    language_model(llm, world_tok, kind, padding)
     flags = [f"--data={write_conversations(tmp_path, 0, 1)}", f"--init_from={llm}", f"--recipe={recipe}",
              "--stages=S1.1", "--steps=1", "--lr=0", *FEW, f"--out={out}"]
     assert train_evip.main([*flags, "--dry_run"]) == 0 and not out.exists()
@@ -3331,7 +3457,10 @@ def test_training_starts_from_a_language_model_whose_tokenizer_gets_image_tokens
     model, tok = MonoInternVL.from_pretrained(out / "S1.1"), Tokenizer(out / "S1.1")
     assert model.config.img_context_token_id == tok.token_id("<IMG_CONTEXT>") == size + 4
     assert model.config.attn_experts == ("qkvo" if recipe == "evip++" else "")
-    assert model.config.vocab_size == len(tok) == size + 11
+    assert len(tok) == size + 11 and model.config.vocab_size == size + max(11, padding)
+    for rows in (model.language_model.model.tok_embeddings.weight, model.language_model.output.weight):
+        mean = rows[:size].mean(0)
+        assert_close(rows[size:], mean.expand(len(rows) - size, -1), rtol=1e-5, atol=1e-6)
     for name, weight in model.named_parameters():  # experts are copies, and a learning rate of 0 keeps them
         assert torch.equal(weight, model.get_parameter(name.replace("_ve.", ".")))
     (llm / "tokenizer.model").rename(llm / "tokenizer.json")

@@ -676,14 +676,15 @@ def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: F
         return World(stage.name, tok, config, stage.max_tiles, flags.seed), stage
     limit = token_limit(config, stage, flags)
     dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed)
-    if stage.trainable.startswith("visual") and not any(d.has_images for d in dataset.datasets):
+    if stage.trainable.startswith("visual") and not dataset.has_images:
         raise InputError(f"{stage.name} learns to see, but no sample of {flags.data} has an image; for "
                          "text alone, choose --stages S2")
     if flags.steps is None and flags.preset == "tiny":                     # its table counts other samples
         stage = replace(stage, steps=math.ceil(EPOCHS * len(dataset) / batch))
-    steps = flags.steps or stage.steps
-    say(f"{stage.name}: {len(dataset)} samples (" + ", ".join(f"{d.task} {len(d)}" for d in dataset.datasets)
-        + f"); {steps} steps of {batch} are {steps * batch} samples, {steps * batch / len(dataset):.3g} epochs")
+    drawn = batch * (flags.steps or stage.steps)
+    say(f"{stage.name} learns from {len(dataset)} samples: "
+        + ", ".join(f"{len(d)} of {d.task}" for d in dataset.datasets)
+        + f"; {flags.steps or stage.steps} steps draw {drawn}: {drawn / len(dataset):.3g} epochs")
     return dataset, stage
 
 
