@@ -668,13 +668,20 @@ class Batches:
         # Workers read the next pool while this one is used. collate_fn keeps items as they are. generator: a
         # DataLoader would draw a number from the global one.
         ahead = max(2, -(-self.pool * self.batch_size // self.workers)) if self.workers else None
-        for i, sample, error in DataLoader(
-                ErrorsAsValues(self.dataset), batch_size=None, sampler=self.indices(), collate_fn=tuple,
-                num_workers=self.workers, prefetch_factor=ahead, generator=torch.Generator(),
-                worker_init_fn=end_with_parent):
-            for name, value in (sample or {}).items():
-                sample[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-            yield i, sample, error
+        items = DataLoader(
+            ErrorsAsValues(self.dataset), batch_size=None, sampler=self.indices(), collate_fn=tuple,
+            num_workers=self.workers, prefetch_factor=ahead, generator=torch.Generator(),
+            worker_init_fn=end_with_parent)
+        try:
+            for i, sample, error in items:
+                for name, value in (sample or {}).items():
+                    sample[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                yield i, sample, error
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            raise InputError(f"a process that reads samples ended ({e}); fewer --workers need less "
+                             "memory") from None
 
     def next_sample(self, source) -> Buffered:
         """The next good sample. source: what `fetch` yields."""

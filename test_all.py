@@ -1665,7 +1665,7 @@ def test_epochs_and_seeds_differ_and_too_many_bad_samples_or_another_order_are_r
     assert ids(3, dataset=Endless(), batch_size=2, rank=1, world_size=3) == [1, 4, 7, 10, 13, 16]
     ids(30, range(5), max_bad=0.5)
     assert capsys.readouterr().err.count("bad sample, left out: line") == 5
-    for options, message in (({"bad": range(6), "max_bad": 0}, r"1 of the \d+ samples .* unreadable; --max_b"),
+    for options, message in (({"bad": range(6), "max_bad": 0}, r"1 of the \d+ samples .* unreadable; --max"),
                              ({"bad": range(10), "max_bad": 0.5}, "all 10 samples are unreadable"),
                              ({"pack_tokens": 8}, "sample .: 9 tokens, a packed row has 8")):
         with pytest.raises(InputError, match=message):
@@ -1765,22 +1765,30 @@ def test_another_number_of_processes_loses_no_sample_and_reads_none_twice(length
 
 
 READ_IN_A_WORKER = """
-import itertools, os, sys, time
+import os, sys, time
 from data import Batches
 class Slow:
     def __getitem__(self, i):
-        if i:
-            print(os.getpid(), flush=True)
-            time.sleep(100)
+        print(os.getpid(), flush=True)
+        time.sleep(100)
 sys.platform = sys.argv[1]
 next(iter(Batches(Slow(), 1, 0, workers=1)))
 """
 
 
+def test_a_reader_process_that_is_killed_is_named_in_one_line():
+    class KillsItsReader(list):
+        def __getitem__(self, i):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(InputError, match=r"^a process that reads samples ended \(.*killed.*--workers.*$"):
+        next(iter(Batches(KillsItsReader([1]), 1, 0, workers=1)))
+
+
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reader_processes_end_with_a_trainer_that_was_killed(platform, tmp_path):
-    with subprocess.Popen([sys.executable, "-c", READ_IN_A_WORKER.replace("if i:", "if True:"), platform],
+    with subprocess.Popen([sys.executable, "-c", READ_IN_A_WORKER, platform],
                           cwd=HERE, stdout=subprocess.PIPE, text=True) as trainer:
         reader = int(trainer.stdout.readline())
         trainer.kill()
@@ -3089,7 +3097,7 @@ def test_a_second_run_in_one_folder_is_refused_while_the_first_lives(lessons, tm
     *((f"--{name} {value}", f"--{name} is {value}") for name, value in dict(
         batch_size=0, grad_accum=0, pool=0, steps=0, max_tokens=-1, save_every=0, keep=0, eval_questions=0,
         max_bad=1.5).items()),
-    ("--workers -1", "--workers -1"),
+    ("--workers -1", "--workers -1"), ("--seed -1", "--seed -1"), (f"--seed {2 ** 63}", f"--seed {2 ** 63}"),
 ])
 def test_a_run_that_cannot_start_says_why_in_one_line(arguments, message, tmp_path, capsys):
     assert train_evip.main([*arguments.split(), "--out", str(tmp_path / "out")]) == 1

@@ -650,8 +650,9 @@ def check_flags(flags: Flags) -> list[Stage]:
                  "eval_questions"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise InputError(f"--{name} is {getattr(flags, name)}, out of range")
-    if not 0 <= flags.max_bad <= 1 or flags.workers < 0:
-        raise InputError(f"--max_bad is {flags.max_bad}, --workers {flags.workers}: out of range")
+    if not 0 <= flags.max_bad <= 1 or flags.workers < 0 or not 0 <= flags.seed < 2 ** 63:
+        raise InputError(f"--max_bad is {flags.max_bad}, --workers {flags.workers}, --seed {flags.seed}: one "
+                         "is out of range")
     return stages
 
 
