@@ -136,6 +136,11 @@ def measured_peak(device: str, dtype: str) -> float:
     return 2 * n ** 3 / best
 
 
+def gpu_memory(device: str) -> float:
+    """Bytes. Where there is no GPU, the plan is for one of 80 GB."""
+    return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 80e9
+
+
 def peak_memory(device: str) -> int | None:
     """The most bytes that this process used so far: of the GPU's memory, or of the machine's. None
     where nobody counts them (Windows)."""
@@ -149,10 +154,11 @@ def peak_memory(device: str) -> int | None:
 
 # ---------------------------------------------------------------- the plan of a preset
 
-def print_plan(stage: str, trains: int, memory: dict[str, float], seconds: float) -> None:
+def print_plan(stage: str, trains: int, memory: dict[str, float], recompute: bool, seconds: float) -> None:
     """trains: parameters. memory: as memory_plan makes it. seconds: NaN if nobody knows."""
     parts = ", ".join(f"{part} {size / 1e9:.3f}" for part, size in memory.items())
     print(f"{stage:6}{trains / 1e6:9.2f} M train: {parts}; together {sum(memory.values()) / 1e9:.2f}"
+          + ", layers run twice" * recompute
           + ("" if math.isnan(seconds) else f"; {seconds / 3600:,.1f} hours"))
 
 

@@ -1745,7 +1745,7 @@ def test_batches_are_those_of_a_naive_loop_wherever_the_order_is_saved_and_resto
        limit=st.sampled_from([None, 8]), seed=st.integers(0, 3),
        runs=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=2, max_size=4))
 def test_another_number_of_processes_loses_no_sample_and_reads_none_twice(lengths, bad, limit, seed, runs):
-    """runs: for each run, how many batches each of its processes gives. None is ahead of the order for good."""
+    """runs: for each run, how many batches each of its processes gives."""
     samples, states, given_ids = Samples(lengths, bad), [], []
     unreadable = {i for i, tokens in enumerate(lengths) if i in bad or tokens > (limit or 9)}
     assume(len(unreadable) < len(lengths))
@@ -1781,7 +1781,7 @@ def test_a_reader_process_that_is_killed_is_named_in_one_line():
         def __getitem__(self, i):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(InputError, match=r"^a process that reads samples ended \(DataLoader worker.*--workers.*$"):
+    with pytest.raises(InputError, match=r"^a process that reads samples ended \(Data.*--workers.*$"):
         next(iter(Batches(KillsItsReader([1]), 1, 0, workers=1)))
 
 
@@ -2952,7 +2952,7 @@ def test_predicted_memory_and_operations_are_what_pytorch_counts(stage, dtype):
 
         flags = tiny_flags(batch_size=2, max_tokens=192, dtype=dtype, recompute=recompute)
         plans[recompute] = plan = train_evip.memory_plan(model, stage, flags, 1)
-        train_evip.distribute(model, flags)
+        train_evip.distribute(model, stage, flags)
         states = train_evip.make_optimizer(model, flags).state.values()
         with FlopCounterMode(display=False) as counter:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
@@ -3140,6 +3140,21 @@ def test_the_plan_of_the_2b_model_is_arithmetic_on_its_sizes(monkeypatch, capsys
                     *plan[stage][3:5], sum(plan[stage][:5]), samples * flop / (4 * 400e12) / 3600]
         assert plan[stage] == pytest.approx(expected, rel=1e-3, abs=1e-3)
     assert budget.main(["--gpus=0"]) == 1 and "must be positive" in capsys.readouterr().err
+
+
+def test_layers_run_twice_where_a_gpu_lacks_the_memory_to_keep_their_results(monkeypatch):
+    stage = train_evip.PRESETS["2b"]["evip++"][0]
+    with torch.device("meta"):
+        model = MonoInternVL(MonoInternVLConfig.mono_internvl_1_5_2b())
+    flags = train_evip.Flags(preset="2b", device="cuda", dtype="bfloat16")
+    kept, twice = (sum(train_evip.memory_plan(model, stage, replace(flags, recompute=r), 1).values())
+                   for r in ("off", "on"))
+    assert twice < kept
+    for memory, expected in ((1.2 * kept, False), (1.05 * kept, True), (twice, True)):
+        monkeypatch.setattr(budget, "gpu_memory", lambda device, memory=memory: memory)
+        assert train_evip.recomputes(model, stage, flags, 1) == expected
+        assert train_evip.recomputes(model, stage, replace(flags, recompute="on"), 1)
+        assert not train_evip.recomputes(model, stage, replace(flags, recompute="off"), 1)
 
 
 def test_a_dry_run_tells_what_would_happen_and_writes_nothing(lessons, tmp_path, capsys, monkeypatch):

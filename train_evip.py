@@ -151,7 +151,7 @@ class Flags:
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
     parallel: str = flag("auto", "ddp copies the model to each process, fsdp shards it; auto: big models",
                          choices=["auto", "ddp", "fsdp"])
-    recompute: str = flag("auto", "run layers twice instead of keeping their results; auto: of big models",
+    recompute: str = flag("auto", "run layers twice instead of keeping their results; auto: if memory lacks",
                           choices=["auto", "on", "off"])
     compile: bool = flag(False, "torch.compile the layers")
     resume: str = flag("auto", "auto continues an interrupted run, never starts from the beginning",
@@ -179,8 +179,15 @@ def is_sharded(model: MonoInternVL, flags: Flags, processes: int) -> bool:
     return processes > 1 and (flags.parallel == "fsdp" or flags.parallel == "auto" and is_big(model))
 
 
-def recomputes(model: MonoInternVL, flags: Flags) -> bool:
-    return flags.recompute == "on" or flags.recompute == "auto" and is_big(model)
+def recomputes(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> bool:
+    """Whether layers run twice instead of keeping their results. auto: if a GPU's memory is too small to keep
+    them; on a CPU, for big models [ours]."""
+    if flags.recompute != "auto":
+        return flags.recompute == "on"
+    if not flags.device.startswith("cuda"):
+        return is_big(model)
+    needed = memory_plan(model, stage, replace(flags, recompute="off"), processes)
+    return sum(needed.values()) > 0.9 * budget.gpu_memory(flags.device)
 
 
 def batch_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> tuple[int, int]:
@@ -215,7 +222,7 @@ def select_trainable(model: MonoInternVL, stage: Stage):
         p.grad = None
 
 
-def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
+def distribute(model: MonoInternVL, stage: Stage, flags: Flags) -> torch.nn.Module:
     """Moves the model to its device and dtype, wraps it in DDP or FSDP, and returns the module to call.
 
     What trains is held in float32, what is frozen in the dtype of the forward pass. DDP: each process holds
@@ -226,7 +233,7 @@ def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
         p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
     device, layers = torch.device(flags.device), model.language_model.model.layers
     model.moe = flags.moe
-    model.language_model.recompute = recomputes(model, flags)
+    model.language_model.recompute = recomputes(model, stage, flags, world_size())
     if flags.compile:
         for layer in layers:
             layer.compile(dynamic=True)
@@ -474,7 +481,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     batch_size, accum = batch_plan(model, stage, flags, world_size())
     steps = stage.steps if flags.steps is None else flags.steps
     select_trainable(model, stage)
-    forward = distribute(model, flags)
+    forward = distribute(model, stage, flags)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, flags)
     batches = Batches(dataset, batch_size, tok.pad_id, seed=flags.seed, rank=rank(), world_size=world_size(),
@@ -591,7 +598,7 @@ def memory_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int)
         shapes_of(model), trainable_names(model, stage), model.config, rows=rows, max_tiles=stage.max_tiles,
         tokens=token_limit(model.config, stage, flags), itemsize=getattr(torch, flags.dtype).itemsize,
         sharded_over=processes if is_sharded(model, flags, processes) else 1, accumulated=accum > 1,
-        recompute=recomputes(model, flags))
+        recompute=recomputes(model, stage, flags, processes))
 
 
 def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, processes: int):
@@ -619,6 +626,7 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
             flop = budget.sample_flop(shapes, trained, config, longest, stage.max_tiles)
             budget.print_plan(stage.name, sum(math.prod(shapes[name]) for name in trained),
                               memory_plan(model, stage, flags, processes),
+                              recomputes(model, stage, flags, processes),
                               (flags.steps or stage.steps) * stage.batch * flop / speed)
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
