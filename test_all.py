@@ -2723,10 +2723,11 @@ def recipe(heading: str) -> str:
 @pytest.fixture
 def newcomer(short_run, tmp_path, monkeypatch):
     """A folder where the README's commands find what they name: a run, data and a checkpoint of one's own."""
+    tok = Tokenizer(short_run / "S0")
     shutil.copytree(short_run, tmp_path / "out" / "evip++")
-    shutil.copytree(short_run / "S2", tmp_path / "Mono-InternVL-2B")       # in place of the official one
+    train_evip.save(learner(tok, "evip"), tok, tmp_path / "Mono-InternVL-2B")  # in place of the official one
     shutil.copytree(short_run / "S1.3", tmp_path / "FOLDER")
-    language_model(tmp_path / "internlm2-chat-1_8b", Tokenizer(short_run / "S0"), "internlm2")
+    language_model(tmp_path / "internlm2-chat-1_8b", tok, "internlm2")
     shutil.copytree(HERE / "assets", tmp_path / "assets")
     shutil.copy(PICTURE, tmp_path / "photo.jpg")
     write_conversations(tmp_path, 0, 4)
@@ -3450,7 +3451,7 @@ def test_an_interrupted_run_continues_and_a_finished_one_starts_from_the_beginni
     assert [e["event"] for e in events_of(out) if "event" in e] == ["run", "resume", "resume", "run", "run"]
 
 
-def language_model(folder: Path, world_tok, kind: str, padding: int):
+def language_model(folder: Path, world_tok, kind: str, padding: int = 0) -> Path:
     """A small LLM folder with a sentencepiece tokenizer that knows no chat and no images. padding: rows of
     zeros after those of its tokens."""
     folder.mkdir()
@@ -3464,6 +3465,7 @@ def language_model(folder: Path, world_tok, kind: str, padding: int):
     save_file(weights | rows, folder / "model.safetensors")
     config = json.loads((source / "config.json").read_text()) | {"vocab_size": size + padding}
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    return folder
 
 
 @pytest.mark.parametrize("kind, recipe, padding", [("llama", "evip++", 0), ("llama", "evip++", 30),
