@@ -321,7 +321,7 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
         raise InputError("a row of attention_mask ends in padding; generate needs left-padded rows")
     if T >= context:
         raise InputError(f"the prompt of {T} tokens fills the context of {context}; "
-                         "shorten it or use fewer tiles")
+                         "shorten it, use fewer tiles, or /clear the chat")
     max_new_tokens = min(max_new_tokens, context - T)
     if attention_mask is not None and attention_mask.all():
         attention_mask = None                      # no pads: attention needs no mask
