@@ -141,6 +141,8 @@ def chat_parts(conversation: Sequence[dict], system: str) -> Iterator[tuple[str,
     """The internlm2-chat template [repo] in parts (role, text). The model learns the parts of role "gpt"."""
     if not isinstance(conversation, list | tuple) or not conversation:
         raise InputError(f"the conversation is {conversation!r:.60}, expected a list of turns")
+    if isinstance(conversation[0], dict) and conversation[0].get("from") == "system":
+        system, conversation = conversation[0].get("value"), conversation[1:]
     if system:
         yield "system", f"<|im_start|>system\n{system}<|im_end|>"
     for i, turn in enumerate(conversation):
