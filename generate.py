@@ -1,8 +1,8 @@
 """Generation: a cache of keys and values, and the loop that reads a prompt and writes token by token.
 
-In this order: KVCache; sampling; reading the prompt (prefill); one decoding step, which a GPU replays as a
-CUDA graph; `generate`, which is also MonoInternVL.generate. What all of it computes is what
-MonoInternVL.generate_naively computes without a cache.
+In this order: `generate_naively`, without a cache, which yields what all the rest yields; KVCache; sampling;
+reading the prompt (prefill); one decoding step, which a GPU replays as a CUDA graph; `generate`. Both
+functions are also methods of MonoInternVL.
 
 Shapes: B rows, T tokens, KV key/value heads, hd head size, V vocabulary. A *slot* of the cache holds the key
 and the value of one token in every layer and row. `model` is a MonoInternVL.
@@ -16,6 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import InputError
+
+# ---------------------------------------------------------------- without a cache
+
+@torch.no_grad()
+def generate_naively(model, input_ids: Tensor, pixel_values: Tensor | None = None,
+                     attention_mask: Tensor | None = None, max_new_tokens: int = 256,
+                     eos_token_id: int | None = None) -> Iterator[Tensor]:
+    """Greedy decoding without a cache: the whole sequence is read again for every token. `generate`
+    yields the same, faster; this is how to understand it, and what the tests compare it with."""
+    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for _ in range(min(max_new_tokens, model.config.context_length - input_ids.shape[1])):
+        logits = model(input_ids, pixel_values, attention_mask)[0][:, -1]           # (B, V)
+        if model.config.img_context_token_id is not None:
+            logits[:, model.config.img_context_token_id] = -torch.inf
+        token = logits.argmax(-1)
+        if eos_token_id is not None:
+            token = token.masked_fill(ended, eos_token_id)
+            ended |= token == eos_token_id
+        yield token
+        if ended.all():
+            return
+        input_ids = torch.cat([input_ids, token[:, None]], 1)
+        attention_mask = None if attention_mask is None else F.pad(attention_mask, (0, 1), value=1)
+
 
 # ---------------------------------------------------------------- the cache
 

@@ -11,7 +11,7 @@ laid end to end, K -> M widths of a linear. Names with _ve belong to the visual 
 """
 import contextlib
 import functools
-from collections.abc import Iterator
+import inspect
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,13 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import checkpoint
 import moe_kernel
 from common import InputError, check_fields
-from generate import generate
+from generate import generate, generate_naively
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+    VARLEN = inspect.signature(varlen_attn).parameters     # without "window_size" before torch 2.11
+except ImportError:                                        # before torch 2.10
+    VARLEN = {}
 
 # ---------------------------------------------------------------- configuration
 
@@ -171,7 +177,7 @@ class Routing:
     permutation  (N,) int64: token indices sorted by expert, each expert's in reading order
     counts       (2,) int64: how many text and how many visual tokens
     All are on the device of the mask and are made without a device→host sync. Pads go to no expert: their
-    outputs are zero and cost nothing.
+    outputs are zero and cost nothing. sizes: the counts as two numbers, if the host knows them, or None.
     """
 
     def __init__(self, visual: Tensor, attention_mask: Tensor | None = None, backend: str = "auto"):
@@ -182,7 +188,7 @@ class Routing:
         # auto is torch on every device until a GPU has measured where cuda is faster.
         if backend == "auto" or backend == "cuda" and moe_kernel.library(visual.device) is None:
             backend = "torch"
-        self.backend = backend
+        self.backend, self.sizes = backend, None
         self.expert = visual.reshape(-1).to(torch.uint8)
         if attention_mask is not None:
             self.expert = self.expert.masked_fill(attention_mask.reshape(-1) == 0, 2)
@@ -194,9 +200,9 @@ class Routing:
 
     @functools.cached_property
     def token_indices(self) -> tuple[Tensor, Tensor]:
-        """Indices of the text tokens and of the visual tokens. The host must know how many there are: on a
-        GPU that is one sync per forward pass."""
-        text, visual = self.counts.tolist()
+        """Indices of the text tokens and of the visual tokens. The host must know how many there are: if it
+        has to ask a GPU, that is one sync per forward pass."""
+        text, visual = self.sizes or self.counts.tolist()
         return self.permutation[:text], self.permutation[text:text + visual]
 
 
@@ -278,8 +284,9 @@ def rope_tables(c: MonoInternVLConfig, positions: Tensor, lengths: Tensor | int,
     longer than the trained positions. It depends on the sequence's own length, not on the batch.
     """
     kind, factor = (c.rope_scaling["type"], c.rope_scaling["factor"]) if c.rope_scaling else (None, 1.0)
-    lengths = torch.as_tensor(lengths, device=positions.device, dtype=torch.float32)
-    lengths = lengths[..., None] if lengths.ndim == 2 else lengths.view(-1, 1, 1)
+    if isinstance(lengths, int):                                           # a copy would be a sync
+        lengths = torch.full((1,), lengths, device=positions.device)
+    lengths = lengths.float()[..., None] if lengths.ndim == 2 else lengths.float().view(-1, 1, 1)
     base = torch.full_like(lengths, c.rope_theta)
     if kind == "dynamic":
         stretch = (factor * lengths / c.max_position_embeddings - (factor - 1)).clamp(min=1)
@@ -298,25 +305,50 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- positions and masks
 
-def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Tensor | None, device):
+def document_positions(document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions, starts), (B, T) each, of packed samples: a token's place in its sample, and whether that is
+    the first. A sample is a run of equal ids: pads at the end are one as well, which nobody else sees."""
+    starts = F.pad(document_ids.diff(dim=1) != 0, (1, 0), value=True)
+    columns = torch.arange(document_ids.shape[1], device=document_ids.device)
+    return columns - (columns * starts).cummax(1).values, starts
+
+
+def varlen_serves(x: Tensor, head_dim: int) -> bool:
+    """Can varlen_attn compute the attention of embeddings x?"""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return (device == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 0) and head_dim % 8 == 0
+            and dtype in (torch.bfloat16, torch.float16) and "window_size" in VARLEN)
+
+
+def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Tensor | None, device,
+                       sizes: dict | None, varlen: bool):
     """(positions (1 or B, T), lengths, mask) of T new tokens after `past` cached ones.
 
     real (B, past + T) bool: False at pads; None: there are none. document_ids (B, T): several samples are
-    packed in a row. lengths: as rope_tables takes them. mask: what scaled_dot_product_attention takes,
-    broadcast over heads; None is plain causal attention, which needs no tensor.
+    packed in a row. sizes: see MonoInternVL.check_inputs. varlen: see varlen_serves. lengths: as rope_tables
+    takes them. mask: what scaled_dot_product_attention takes, broadcast over heads; None is plain causal
+    attention, which needs no tensor; a pair is (cu_seqlens, longest sample) for varlen_attn.
     """
     columns = torch.arange(past + T, device=device)
     if document_ids is not None:
-        # Samples 1 1 2 2 in a row.      x . . .    Each sees itself only and counts from 0. Runs of equal
-        #                                x x . .    ids are numbered, because the pads at the end are a run
-        #                                . . x .    as well: a sample that nobody else sees.
+        # Samples 1 1 2 2 in a row.      x . . .    Each sees itself only and counts from 0.
+        #                                x x . .
+        #                                . . x .
         #                                . . x x
-        starts = F.pad(document_ids.diff(dim=1) != 0, (1, 0))              # (B, T) a document's first token
-        runs = starts.cumsum(1)
-        positions = columns - (columns * starts).cummax(1).values
+        positions, starts = document_positions(document_ids)
+        runs = starts.cumsum(1) - 1
         lengths = torch.zeros_like(runs).scatter_add_(1, runs, torch.ones_like(runs)).gather(1, runs)
+        if varlen and sizes:                       # where each begins if the rows lie end to end; the end
+            begins = torch.nonzero_static(starts.flatten(), size=sizes["samples"]).squeeze(1)
+            return positions, lengths, (F.pad(begins, (0, 1), value=starts.numel()).int(), sizes["longest"])
         mask = (runs[:, :, None] == runs[:, None]) & (columns <= columns[:, None])
         return positions, lengths, mask[:, None]                           # mask (B, 1, T, T)
+    if real is not None and not past and sizes and not sizes["gaps"]:
+        # Two tokens, then one pad.      x . .      Plain causal attention: a token sees nothing on its right.
+        #                                x x .      What a pad sees does not matter.
+        #                                x x x
+        return columns[None], real.sum(1), None
     if real is not None:
         # One pad, then two tokens.      x . .      Nobody sees a pad, except the pad itself: a softmax over
         #                                . x .      nothing would be NaN. Each row counts its own tokens.
@@ -337,13 +369,38 @@ def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Ten
 
 # ---------------------------------------------------------------- the decoder: InternLM2 with visual experts
 
-def attend(q, k, v, **mask) -> Tensor:
-    """softmax(q kᵀ / √hd) v under the mask, (B, heads, T, hd), by any fused kernel except cuDNN's. That one,
-    the first choice on Hopper since torch 2.11, makes a plan for every new length of a prompt, and its
-    gradients under a mask can be NaN (pytorch issue 196678)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+    """softmax(q kᵀ / √hd) v under a mask of positions_and_mask, (B, T, H · hd). q (B, KV, group, T, hd): the
+    query heads of a group share a key/value head; k, v (B, KV, columns, hd)."""
+    B, _, group, T, hd = q.shape
+    q, k, packed = q.to(v.dtype), k.to(v.dtype), isinstance(mask, tuple)   # RoPE is float32 under autocast
+    if T == 1 and not packed:
+        # The query heads of a group see the same keys, like several tokens of one head. So none is repeated.
+        # On a GPU, fused kernels read the columns of a head one after the other: 3584 of them take an H200
+        # 135 µs, and two products with a softmax between them 17. On a CPU, the fused kernel is faster.
+        q = q.squeeze(3)
+        if not q.is_cuda:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, 1, -1)
+        scores = (q @ k.mT).float() * hd ** -0.5                           # (B, KV, group, columns)
+        if mask is not None:
+            scores = scores.where(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return (scores.softmax(-1).to(v.dtype) @ v).reshape(B, 1, -1)
+    q = q.flatten(1, 2)                            # (B, H, T, hd)
+    # Only flash attention reads shared keys and values as they are. It takes no mask, and 16 bits only: not
+    # float16, which is the dtype of GPUs that lack flash attention (before sm_80).
+    gqa = "enable_gqa" in VARLEN if packed else mask is None and q.is_cuda and q.dtype == torch.bfloat16
+    k, v = (k, v) if gqa else (t.repeat_interleave(group, 1) for t in (k, v))
+    if packed:
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))     # (B · T, heads, hd)
+        (begins, longest), options = mask, {"enable_gqa": True} if gqa else {}
+        y = varlen_attn(q, k, v, begins, begins, longest, longest, window_size=(-1, 0), **options)    # causal
+        return y.reshape(B, T, -1)
+    # Any fused kernel except cuDNN's. That one, the first choice on Hopper since torch 2.11, makes a plan for
+    # every new length of a prompt, and its gradients under a mask can be NaN (pytorch issue 196678).
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels) if q.is_cuda else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, **mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    return y.transpose(1, 2).reshape(B, T, -1)
 
 
 class Attention(nn.Module):
@@ -375,16 +432,7 @@ class Attention(nn.Module):
         q, k, v = qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]   # (B, KV, group, T, hd), twice (B, KV, T, hd)
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)           # (B, KV, visible, hd)
-        if T == 1:
-            # The query heads of a group see the same keys, like several tokens of one head. So no key or
-            # value has to be repeated for them.
-            y = attend(q.squeeze(3), k, v, attn_mask=mask)     # (B, KV, group, hd)
-        else:
-            # With repeated keys and values every fused attention kernel can be used, whatever the mask.
-            k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-            y = attend(q.flatten(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
-            y = y.transpose(1, 2)                              # (B, T, H, hd)
-        y = y.reshape(B, T, D)
+        y = attend(q, k, v, mask)                              # (B, T, D)
         if c.attn_experts == "qkvo":
             return mmoe_linear(y, self.wo.weight, self.wo_ve.weight, routing)
         return self.wo(y)
@@ -420,23 +468,20 @@ class InternLM2(nn.Module):
         self.recompute = False        # in training: keep only the input of each layer and run the layer twice
 
     def forward(self, x, routing=None, attention_mask=None, kv_cache=None, lengths=None,
-                document_ids=None) -> Tensor:
+                document_ids=None, sizes=None) -> Tensor:
         """Embeddings x (B, T, D) -> hidden states (B, T, D) after the final norm, before the head.
 
         attention_mask (B, T): 1 = real, 0 = pad. kv_cache: the tokens come after those that it holds, and are
         added to them. lengths: the tokens that a row will have after a prefill in chunks (default: up to
         now), for dynamic RoPE. Past max_position_embeddings, cached keys keep their base [repo]. document_ids
-        (B, T): see positions_and_mask; not together with a cache.
+        (B, T): see positions_and_mask; not together with a cache. sizes: see MonoInternVL.check_inputs.
         """
         B, T, _ = x.shape
         past, real = 0, None if attention_mask is None else attention_mask.bool()
         if kv_cache is not None:
             past, real = kv_cache.length, kv_cache.extend(B, T, attention_mask)
-        positions, own_lengths, mask = positions_and_mask(T, past, real, document_ids, x.device)
-        longest = past + T if document_ids is None else int((own_lengths * (document_ids > 0)).max())
-        if longest > self.c.context_length:
-            raise InputError(f"{longest} tokens do not fit the context of {self.c.context_length}; "
-                             "shorten the text or use fewer tiles")
+        positions, own_lengths, mask = positions_and_mask(
+            T, past, real, document_ids, x.device, sizes, varlen_serves(x, self.c.head_dim))
         lengths = own_lengths if lengths is None else lengths
         x = self.run_layers(x, positions, lengths, mask, routing, kv_cache)
         if kv_cache is not None:
@@ -455,10 +500,18 @@ class InternLM2(nn.Module):
 
 # ---------------------------------------------------------------- the whole model
 
+def shifted(labels: Tensor, document_ids: Tensor | None) -> Tensor:
+    """(B, T): the label that each position predicts, which is the next token's; -100 where there is none."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    if document_ids is not None:                   # a sample does not predict the next one's first token
+        targets = targets.masked_fill(document_positions(document_ids)[1].roll(-1, 1), -100)
+    return targets
+
+
 class MonoInternVL(nn.Module):
     """Vision embedding + pixel shuffle + mlp1 -> visual tokens, which join the text tokens in one decoder."""
 
-    generate = generate                            # the cached, batched loop of generate.py
+    generate, generate_naively = generate, generate_naively     # of generate.py
 
     def __init__(self, config: MonoInternVLConfig):
         super().__init__()
@@ -490,10 +543,8 @@ class MonoInternVL(nn.Module):
         if pixel_values is None:
             return x
         visual_tokens = self.embed_images(pixel_values).flatten(0, 1)      # (n_tiles · tokens per tile, D)
-        places = (input_ids == self.config.img_context_token_id).flatten().nonzero().squeeze(1)
-        if len(places) != len(visual_tokens):
-            raise InputError(f"{len(places)} <IMG_CONTEXT> tokens for {len(pixel_values)} tiles, which need "
-                             f"{len(visual_tokens)} ({len(visual_tokens) // max(1, len(pixel_values))} each)")
+        places = (input_ids == self.config.img_context_token_id).flatten()
+        places = torch.nonzero_static(places, size=len(visual_tokens)).squeeze(1)
         return x.flatten(0, 1).index_copy(0, places, visual_tokens.to(x.dtype)).view_as(x)
 
     def route(self, input_ids: Tensor, attention_mask: Tensor | None, has_images: bool) -> Routing | None:
@@ -505,7 +556,7 @@ class MonoInternVL(nn.Module):
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                 attention_mask: Tensor | None = None, labels: Tensor | None = None,
-                document_ids: Tensor | None = None, reduction: str = "mean"):
+                document_ids: Tensor | None = None, reduction: str = "mean", sizes: dict | None = None):
         """(logits, loss).
 
         input_ids (B, T) int64; pixel_values (n_tiles, 3, S, S), the tiles of all rows in reading order;
@@ -515,23 +566,31 @@ class MonoInternVL(nn.Module):
         reduction "none": their losses one by one, (supervised,), in reading order.
         document_ids (B, T) int64: several samples are packed in a row, one after the other, as 1, 2, ...; 0 =
         pad. A sample's logits, loss and positions are as if it were alone.
+        sizes: what check_inputs said of this batch. If it was asked before the batch went to a GPU, nothing
+        here waits for the device.
         Raises InputError for inputs that do not fit: shapes, ids, tiles per <IMG_CONTEXT>, context length.
         """
-        self.check_inputs(input_ids, pixel_values, attention_mask, labels, document_ids)
+        if sizes is None:
+            sizes = self.check_inputs(input_ids, pixel_values, attention_mask, labels, document_ids)
         routing = self.route(input_ids, attention_mask, pixel_values is not None)
+        if routing is not None:
+            routing.sizes = sizes["text"], sizes["visual"]
         hidden = self.language_model(self.embed(input_ids, pixel_values), routing, attention_mask,
-                                     document_ids=document_ids)
+                                     document_ids=document_ids, sizes=sizes)
         if labels is None:
             return self.language_model.output(hidden), None
-        supervised = labels[:, 1:] != -100                                 # position t predicts token t + 1
-        if document_ids is not None:
-            supervised &= document_ids[:, 1:] == document_ids[:, :-1]      # but not the next sample's first
-        logits = self.language_model.output(hidden[:, :-1][supervised])    # (supervised, V)
-        if not len(logits) and reduction == "mean":
+        if not sizes["supervised"] and reduction == "mean":
             return None, hidden.sum() * 0  # a mean over nothing, gradient zero
-        return None, F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction=reduction)
+        targets = shifted(labels, document_ids).flatten()
+        places = torch.nonzero_static(targets != -100, size=sizes["supervised"]).squeeze(1)
+        logits = self.language_model.output(hidden.flatten(0, 1).index_select(0, places))  # (supervised, V)
+        return None, F.cross_entropy(logits.float(), targets[places], reduction=reduction)
 
-    def check_inputs(self, input_ids, pixel_values, attention_mask, labels=None, document_ids=None):
+    def check_inputs(self, input_ids, pixel_values, attention_mask, labels=None, document_ids=None) -> dict:
+        """Raises InputError for inputs that do not fit forward; of pixel_values, only shape and dtype matter.
+        Returns what the host must know, with one sync on a GPU: "text" and "visual", the tokens of each expert;
+        "gaps", pads that have a token on their right; "supervised", tokens that the loss is a mean over;
+        "samples", the packed ones and the runs of pads; "longest", the most tokens of one."""
         c, shape = self.config, tuple(input_ids.shape)
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
             raise InputError(f"input_ids is {shape} {input_ids.dtype}, expected (B, T) int64 with B, T > 0")
@@ -539,17 +598,33 @@ class MonoInternVL(nn.Module):
                         ("document_ids", document_ids)):
             if t is not None and t.shape != input_ids.shape:
                 raise InputError(f"{name} is {tuple(t.shape)}, input_ids is {shape}")
+        if labels is not None and labels.dtype != torch.int64:
+            raise InputError(f"labels is {labels.dtype}, expected int64 token ids, or -100")
+        visual = input_ids == (-1 if c.img_context_token_id is None else c.img_context_token_id)
+        real = torch.ones_like(visual) if attention_mask is None else attention_mask.bool()
         low, high = input_ids.aminmax()
-        if low < 0 or high >= c.vocab_size:
-            raise InputError(f"input_ids reach from {low} to {high}, the model knows {c.vocab_size} tokens; "
-                             "is this its tokenizer?")
-        if labels is not None and (labels.dtype != torch.int64 or labels.max() >= c.vocab_size):
-            raise InputError(f"labels is {labels.dtype} and reaches {labels.max()}, expected int64 token ids "
-                             f"below {c.vocab_size}, or -100")
+        sizes = {"low": low, "high": high, "placeholders": visual.sum(), "text": (real & ~visual).sum(),
+                 "visual": (real & visual).sum(), "gaps": (real[:, 1:] > real[:, :-1]).sum()}
+        if labels is not None:
+            sizes |= {"label": labels.max(), "supervised": (shifted(labels, document_ids) != -100).sum()}
+        if document_ids is not None:
+            positions, starts = document_positions(document_ids)
+            sizes |= {"samples": starts.sum(), "longest": positions.max() + 1,
+                      "longest_real": (positions * (document_ids > 0)).max() + 1}
+        sizes = dict(zip(sizes, torch.stack([*sizes.values()]).tolist(), strict=True))
+        if sizes["low"] < 0 or sizes["high"] >= c.vocab_size:
+            raise InputError(f"input_ids reach from {sizes['low']} to {sizes['high']}, the model knows "
+                             f"{c.vocab_size} tokens; is this its tokenizer?")
+        if sizes.get("label", -100) >= c.vocab_size:
+            raise InputError(f"labels reaches {sizes['label']}, expected ids below {c.vocab_size}, or -100")
+        length = sizes.get("longest_real", shape[1])
+        if length > c.context_length:
+            raise InputError(f"{length} tokens do not fit the context of {c.context_length}; "
+                             "shorten the text or use fewer tiles")
+        if pixel_values is None and sizes["placeholders"]:
+            raise InputError("input_ids holds <IMG_CONTEXT> tokens, but there are no pixel_values")
         if pixel_values is None:
-            if c.img_context_token_id is not None and (input_ids == c.img_context_token_id).any():
-                raise InputError("input_ids holds <IMG_CONTEXT> tokens, but there are no pixel_values")
-            return
+            return sizes
         if c.img_context_token_id is None:
             raise InputError("this model does not know its <IMG_CONTEXT> token: no tokenizer files beside "
                              "the weights name it; set model.config.img_context_token_id or drop the image")
@@ -558,27 +633,11 @@ class MonoInternVL(nn.Module):
                 or pixel_values.shape[1] != c.num_channels or any(s % side for s in pixel_values.shape[2:])):
             raise InputError(f"pixel_values is {tuple(pixel_values.shape)} {pixel_values.dtype}, expected "
                              f"(n_tiles, {c.num_channels}, S, S) of floats with S a multiple of {side}")
-
-    @torch.no_grad()
-    def generate_naively(self, input_ids: Tensor, pixel_values: Tensor | None = None,
-                         attention_mask: Tensor | None = None, max_new_tokens: int = 256,
-                         eos_token_id: int | None = None) -> Iterator[Tensor]:
-        """Greedy decoding without a cache: the whole sequence is read again for every token. `generate`
-        yields the same, faster; this is how to understand it, and what the tests compare it with."""
-        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for _ in range(min(max_new_tokens, self.config.context_length - input_ids.shape[1])):
-            logits = self(input_ids, pixel_values, attention_mask)[0][:, -1]           # (B, V)
-            if self.config.img_context_token_id is not None:
-                logits[:, self.config.img_context_token_id] = -torch.inf
-            token = logits.argmax(-1)
-            if eos_token_id is not None:
-                token = token.masked_fill(ended, eos_token_id)
-                ended |= token == eos_token_id
-            yield token
-            if ended.all():
-                return
-            input_ids = torch.cat([input_ids, token[:, None]], 1)
-            attention_mask = None if attention_mask is None else F.pad(attention_mask, (0, 1), value=1)
+        tiles, per_tile = len(pixel_values), pixel_values.shape[2:].numel() // side ** 2
+        if sizes["placeholders"] != tiles * per_tile:
+            raise InputError(f"{sizes['placeholders']} <IMG_CONTEXT> tokens for {tiles} tiles, which need "
+                             f"{tiles * per_tile} ({per_tile} each)")
+        return sizes
 
     # ---- files: the official folder format
 
