@@ -295,6 +295,11 @@ def next_batches(source, batches: Batches, accum: int, flags: Flags) -> tuple[li
     return micro, total, bad, seen
 
 
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """A copy to a GPU from pinned memory does not make the host wait."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+
+
 def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stage: Stage,
              flags: Flags) -> list[Tensor]:
     """Adds the gradients of the mean loss over `total` supervised tokens, those of the whole step and of all
@@ -302,7 +307,10 @@ def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stag
     device, c, token_losses = torch.device(flags.device), model.config, []
     fsdp = isinstance(model, FSDPModule)
     for i, m in enumerate(micro):
-        inputs = {k: v.to(device) for k, v in m.items() if isinstance(v, Tensor)}
+        # Checked before the copy: what the host has to know, it need not ask the GPU.
+        sizes = model.check_inputs(m["input_ids"], m["pixel_values"], m["attention_mask"], m["labels"],
+                                   m.get("document_ids"))
+        inputs = {k: to_device(v, device) for k, v in m.items() if isinstance(v, Tensor)}
         if inputs.get("pixel_values") is None and stage.trainable != "text":
             # Pass zero tiles rather than None: visual experts then run on no tokens and get zero gradients,
             # so all ranks exchange the same set.
@@ -314,7 +322,7 @@ def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stag
         with (forward.no_sync() if forward is not model and not last else nullcontext(),
               torch.autocast(device.type, torch.bfloat16,                  # FSDP casts by itself
                              enabled=flags.dtype == "bfloat16" and not fsdp)):
-            losses = forward(**inputs, reduction="none")[1]
+            losses = forward(**inputs, reduction="none", sizes=sizes)[1]
             # DDP and FSDP average over the processes, but the loss is a sum over them.
             (losses.sum() * (world_size() / max(1, total))).backward()
         token_losses.append(losses.detach())
