@@ -7,8 +7,10 @@ functions are also methods of MonoInternVL.
 Shapes: B rows, T tokens, KV key/value heads, hd head size, V vocabulary. A *slot* of the cache holds the key
 and the value of one token in every layer and row. `model` is a MonoInternVL.
 """
+import contextlib
 import functools
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -167,7 +169,7 @@ class KVCache:
         if visual and self.tiles.shape[1:] == pixel_values.shape[1:]:
             per_tile = math.prod(s // (c.patch_size * c.shuffle) for s in pixel_values.shape[2:])
             for cached, new in zip(self.tiles[:len(visual) // per_tile], pixel_values, strict=False):
-                if not cached.equal(new):
+                if not cached.equal(new.to(cached.device)):
                     break
                 tiles += 1
             visual = visual[tiles * per_tile:]     # these placeholders stand for another picture now
@@ -207,19 +209,25 @@ def sample_token(logits: Tensor, generated: Tensor, temperature: float, top_k: i
 def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Tensor | None,
             kv_cache: KVCache, chunk: int) -> Tensor:
     """Reads the prompt into the cache, `chunk` tokens at a time, except for the prefix that is cached
-    already. Returns the logits (B, V) of the next token: the head runs on the last position only."""
-    T, image_token = input_ids.shape[1], model.config.img_context_token_id
+    already. Returns the logits (B, V) of the next token: the head runs on the last position only. If
+    input_ids and attention_mask are on the CPU, nothing here waits for a GPU."""
+    T, device, image_token = input_ids.shape[1], kv_cache.keys.device, model.config.img_context_token_id
     past, tiles = kv_cache.common_prefix(input_ids, pixel_values, attention_mask)
     kv_cache.truncate(past)
     kv_cache.reused = past
-    x = model.embed(input_ids[:, past:], None if pixel_values is None else pixel_values[tiles:])
-    lengths = T if attention_mask is None else attention_mask.sum(1)
+    ids, mask, pixels = (None if t is None else t.to(device, non_blocking=True) for t in (
+        input_ids, attention_mask, None if pixel_values is None else pixel_values[tiles:]))
+    x, lengths = model.embed(ids[:, past:], pixels), T if mask is None else mask.sum(1)
     for start in range(past, T, chunk):
-        ids = input_ids[:, start:start + chunk]
-        mask = None if attention_mask is None else attention_mask[:, start:start + chunk]
-        has_images = pixel_values is not None and bool((ids == image_token).any())
-        hidden = model.language_model(x[:, start - past:start - past + chunk],
-                                      model.route(ids, mask, has_images), mask, kv_cache, lengths)
+        part = slice(start, start + chunk)
+        visual = input_ids[:, part] == (-1 if pixels is None else image_token)
+        real = torch.ones_like(visual) if mask is None else attention_mask[:, part].bool()
+        part_mask = None if mask is None else mask[:, part]
+        routing = model.route(ids[:, part], part_mask, bool(visual.any()))
+        if routing is not None:
+            routing.sizes = int((real & ~visual).sum()), int((real & visual).sum())
+        hidden = model.language_model(x[:, start - past:start - past + chunk], routing, part_mask, kv_cache,
+                                      lengths)
     if len(input_ids) == 1:
         kv_cache.input_ids = input_ids[0].tolist()
         # A copy, because the caller may fill the same tensor with the next picture.
@@ -313,6 +321,28 @@ def check_options(rows, max_new_tokens, temperature, top_k, top_p, repetition_pe
             raise InputError(f"{name} is {value}, expected {expected}")
 
 
+KEPT = weakref.WeakKeyDictionary()                 # model -> {rows: (addresses of the weights, KVCache)}
+KEPT_BYTES = 2 ** 30
+
+
+@contextlib.contextmanager
+def kept_cache(model, rows: int) -> Iterator[KVCache]:
+    """A cache for a call of `generate` that brings none. If it has CUDA graphs and is not large, the next such
+    call with as many rows gets it: a graph takes longer to capture than dozens of tokens to decode. Nothing
+    in it counts any more, because training may have changed the weights where they are."""
+    weights, kept = [p.data_ptr() for p in model.parameters()], KEPT.setdefault(model, {})
+    captured_with, cache = kept.pop(rows, (None, None))        # two calls at a time never share one
+    if captured_with != weights:
+        cache = KVCache(model.config)
+    else:
+        cache.truncate(0)
+    try:
+        yield cache
+    finally:
+        if cache.step_buffers and cache.step_buffers.graphs and 2 * cache.keys.nbytes <= KEPT_BYTES:
+            kept[rows] = weights, cache
+
+
 @torch.no_grad()                                   # not inference_mode: the results may be trained on
 def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
              attention_mask: Tensor | None = None, max_new_tokens: int = 256, temperature: float = 0.0,
@@ -323,7 +353,8 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     """Yields the next token of each row, (B,) int64 on the CPU, until all rows end or the context is full.
 
     input_ids (B, T), pixel_values (n_tiles, 3, S, S), attention_mask (B, T): as in MonoInternVL.forward, with
-    the pads on the left, so that all rows end in the same column.
+    the pads on the left, so that all rows end in the same column. They may be on any device. The first token
+    comes with one sync with a GPU, like all others, if input_ids and attention_mask are on the CPU.
     temperature: 0 is greedy. repetition_penalty: counts generated tokens only [repo: it sees no prompt ids].
     eos_token_id: the token, or the tokens, that end a row. An ended row yields it, or the first of them, from
     then on. None: no row ends.
@@ -331,13 +362,22 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     seed s + i; a list has one seed for each row.
     prefill_chunk: tokens of the prompt that are read at a time, to bound memory.
     kv_cache: the cache of earlier calls. Its memory is used again. If the prompt (of one row) begins like the
-    cached one, only the rest is read. That changes no answer, except for roundings in 16 bits.
+    cached one, only the rest is read. That changes no answer, except for roundings in 16 bits. None: a new
+    one, or one whose content is forgotten (see kept_cache).
     num_tokens: the tokenizer's size. Later ids, with which some models pad their vocabulary, have no text.
     They are never generated, nor is <IMG_CONTEXT>, which means nothing without a tile.
     Raises InputError for inputs and options that do not fit, and when logits are not finite.
     """
+    if kv_cache is None:
+        options = {**locals()}
+        with kept_cache(model, input_ids.shape[:1]) as options["kv_cache"]:
+            yield from generate(**options)
+        return
+    # What the host has to know of the prompt, it reads from a copy of its own.
+    input_ids, attention_mask = input_ids.cpu(), None if attention_mask is None else attention_mask.cpu()
     model.check_inputs(input_ids, pixel_values, attention_mask)
-    (B, T), device, context = input_ids.shape, input_ids.device, model.config.context_length
+    weight, context = model.language_model.output.weight, model.config.context_length
+    (B, T), dtype, device, cache = input_ids.shape, weight.dtype, weight.device, kv_cache
     ends = list(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
     ends = [] if eos_token_id is None else ends
     check_options(B, max_new_tokens, temperature, top_k, top_p, repetition_penalty, ends, seed, prefill_chunk)
@@ -349,15 +389,13 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     max_new_tokens = min(max_new_tokens, context - T)
     if attention_mask is not None and attention_mask.all():
         attention_mask = None                      # no pads: attention needs no mask
-    cache = KVCache(model.config) if kv_cache is None else kv_cache
-    dtype = model.language_model.output.weight.dtype
     cache.reserve(B, T + max_new_tokens, dtype, device)
     logits = prefill(model, input_ids, pixel_values, attention_mask, cache, prefill_chunk or T)
 
     image_token, V = model.config.img_context_token_id, model.config.vocab_size
     forbidden = list(range(V if num_tokens is None else num_tokens, V))
     forbidden += [] if image_token is None else [image_token]
-    forbidden = torch.tensor(forbidden, dtype=torch.int64, device=device)
+    forbidden = torch.tensor(forbidden, dtype=torch.int64).to(device, non_blocking=True)
     seeds = [seed + row for row in range(B)] if isinstance(seed, int) else seed or []
     generators = [torch.Generator(device).manual_seed(s) for s in seeds] or [None] * B
     generated = torch.zeros(B, V, dtype=torch.bool, device=device)

@@ -315,10 +315,10 @@ def document_positions(document_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def varlen_serves(x: Tensor, head_dim: int) -> bool:
     """Can varlen_attn compute the attention of embeddings x?"""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return (device == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 0) and head_dim % 8 == 0
-            and dtype in (torch.bfloat16, torch.float16) and "window_size" in VARLEN)
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0) or "window_size" not in VARLEN:
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
 
 
 def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Tensor | None, device,
@@ -369,22 +369,25 @@ def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Ten
 
 # ---------------------------------------------------------------- the decoder: InternLM2 with visual experts
 
+def attend_in_two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √hd) v under a mask (bool, or 0 and -inf). q (B, KV, n, hd), k and v (B, KV, columns, hd)."""
+    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5                      # (B, KV, n, columns)
+    if mask is not None:
+        scores = scores.where(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """softmax(q kᵀ / √hd) v under a mask of positions_and_mask, (B, T, H · hd). q (B, KV, group, T, hd): the
     query heads of a group share a key/value head; k, v (B, KV, columns, hd)."""
-    B, _, group, T, hd = q.shape
+    B, _, group, T, _ = q.shape
     q, k, packed = q.to(v.dtype), k.to(v.dtype), isinstance(mask, tuple)   # RoPE is float32 under autocast
     if T == 1 and not packed:
         # The query heads of a group see the same keys, like several tokens of one head. So none is repeated.
         # On a GPU, fused kernels read the columns of a head one after the other: 3584 of them take an H200
         # 135 µs, and two products with a softmax between them 17. On a CPU, the fused kernel is faster.
-        q = q.squeeze(3)
-        if not q.is_cuda:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, 1, -1)
-        scores = (q @ k.mT).float() * hd ** -0.5                           # (B, KV, group, columns)
-        if mask is not None:
-            scores = scores.where(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return (scores.softmax(-1).to(v.dtype) @ v).reshape(B, 1, -1)
+        kernel = attend_in_two_products if q.is_cuda else F.scaled_dot_product_attention
+        return kernel(q.squeeze(3), k, v, mask).reshape(B, 1, -1)
     q = q.flatten(1, 2)                            # (B, H, T, hd)
     # Only flash attention reads shared keys and values as they are. It takes no mask, and 16 bits only: not
     # float16, which is the dtype of GPUs that lack flash attention (before sm_80).

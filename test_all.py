@@ -57,6 +57,8 @@ from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -461,13 +463,29 @@ def test_an_unknown_back_end_is_named():
 
 # ---------------------------------------------------------------- padded and packed rows, the loss
 
-@pytest.mark.parametrize("layout", ["left", "right", "between", "packed"])
+def varlen_on_a_cpu(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn computes on a GPU, sample by sample."""
+    lengths = cu_seq_q.diff().tolist()
+    assert cu_seq_q is cu_seq_k and max_q == max_k == max(lengths) and window_size == (-1, 0)
+    samples = zip(*(t.transpose(0, 1).split(lengths, 1) for t in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*sample, is_causal=True, enable_gqa=enable_gqa)
+                      for sample in samples], 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("layout", ["left", "right", "between", "packed", "varlen"])
 @pytest.mark.parametrize("rope", ROPE)
 @settings(max_examples=8)
 @given(visual_rows(min_rows=2, max_rows=4), st.integers(0, 3))
 @example([[False] * 9, [False, True, False]], 0)       # beyond the trained length beside one within
 def test_a_sample_in_a_padded_or_packed_row_is_as_if_alone(layout, rope, rows, first):
     """Logits, losses and rotary positions are those of the sample alone, whatever the others are."""
+    with pytest.MonkeyPatch.context() as patch:    # varlen: packed, as a GPU computes it
+        patch.setattr(mono_internvl, "varlen_attn", varlen_on_a_cpu)
+        patch.setattr(mono_internvl, "varlen_serves", lambda *_: layout == "varlen")
+        check_samples_in_rows("packed" if layout == "varlen" else layout, rope, rows, first)
+
+
+def check_samples_in_rows(layout, rope, rows, first):
     # 6 trained positions: with dynamic RoPE, the samples of a batch differ in their base
     model, tables = tiny(rope_scaling=ROPE[rope], max_position_embeddings=6 if rope == "dynamic" else 9), []
     record(model.language_model.model["layers"][0], tables,        # cos, (B, 1, T, hd)
@@ -498,6 +516,59 @@ def test_a_sample_in_a_padded_or_packed_row_is_as_if_alone(layout, rope, rows, f
         this = sample == first % len(rows)
         moved = model(torch.where(this | (ids == IMG), ids, (ids + 1) % IMG), pixels, **masks)[0]
     assert torch.equal(moved[this], logits[this]) and moved.isfinite().all()
+
+
+@pytest.mark.parametrize("attn_experts", ["", "qkvo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=15)
+@given(visual_rows(min_rows=2, max_rows=4, max_tokens=40), st.sampled_from(sorted(ROPE)), st.booleans())
+def test_right_padded_rows_need_no_mask_the_loss_and_gradients_are_bitwise_those_under_one(
+        attn_experts, dtype, rows, rope, all_labels):
+    trained = 20 if rope == "dynamic" else 64
+    model = tiny(attn_experts, rope_scaling=ROPE[rope], max_position_embeddings=trained).to(dtype)
+    ids, pixels, mask = batch_of(rows, "right")
+    labels, results = ids.where((mask == 1) & ((ids % 3 > 0) | all_labels), IGNORED), []
+    sizes = model.check_inputs(ids, pixels, mask, labels)
+    assert sizes["gaps"] == 0
+    for gaps in (0, 1):                            # 1: as for left-padded rows
+        options = dict(attention_mask=mask, sizes={**sizes, "gaps": gaps})
+        logits, _ = model(ids, pixels, **options)
+        loss = model(ids, pixels, labels=labels, **options)[1]
+        results.append([logits[mask == 1], loss, *gradients(model, loss).values()])
+        assert logits.isfinite().all()
+    for without, under_a_mask in zip(*results, strict=True):
+        assert torch.equal(without, under_a_mask)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that is made."""
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.elements = max([self.elements, *(t.numel() for t in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("layout", ["alone", "right", "packed"])
+def test_training_makes_no_tensor_as_large_as_a_mask_and_never_waits_for_the_device(layout, monkeypatch):
+    """Shown without a GPU: tensors on the device "meta" have no content, so nobody can ask for it."""
+    def attention(q, k, v, attn_mask, is_causal, enable_gqa):
+        assert attn_mask is None and is_causal and q.dtype == k.dtype == v.dtype
+        return q * (k.sum() + v.sum())             # as large as the result, with gradients
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(mono_internvl, "varlen_serves", lambda *_: True)
+    ids, pixels, mask = batch_of([[False, True] * 300, [False] * 500], "right")
+    batch = {"input_ids": ids, "pixel_values": pixels, "labels": ids.where(mask == 1, IGNORED),
+             "attention_mask": None if layout == "alone" else mask,
+             "document_ids": (torch.arange(600) // 70 + 1) * mask if layout == "packed" else None}
+    model = tiny(max_position_embeddings=600)
+    sizes = model.check_inputs(**batch)
+    batch, model = {k: None if t is None else t.to("meta") for k, t in batch.items()}, model.to("meta")
+    with Largest() as largest:
+        model(**batch, sizes=sizes)[1].backward()
+    assert 0 < largest.elements < 600 ** 2 / 4
 
 
 @settings(max_examples=25)
@@ -719,10 +790,15 @@ def test_compiled_decoding_gives_the_same_tokens_and_copies_no_cache(monkeypatch
     assert tokens == plain and 0 < max(memory) < cache.keys.nbytes
 
 
-def test_a_captured_step_serves_every_later_token_of_its_block(monkeypatch):
-    """What CUDA graphs rely on, shown without a GPU: a trace freezes all that Python computes, as they do."""
+@pytest.fixture
+def traced_steps(monkeypatch):
+    """CUDA graphs without a GPU: a trace freezes all that Python computes, as they do. Gives two lists: the
+    rows of each capture, and those of each replay."""
+    captures, replays = [], []
+
     def capture(step, inputs, pool):
         traced, result = make_fx(lambda: step(*inputs))(), step(*inputs)
+        captures.append(len(result))
 
         class Graph:
             def replay(self):
@@ -733,20 +809,62 @@ def test_a_captured_step_serves_every_later_token_of_its_block(monkeypatch):
     def reserve(self, *args, plain=KVCache.reserve):
         plain(self, *args)
         self.step_buffers.pool = "what a CPU has none of"
-    replays, model = [], tiny()
-    ids, pixels, mask = batch_of([[False, True, False], [False] * 7, [True, False], [False]])
-    free = stream(model, ids, pixels, mask, max_new_tokens=20)
-    ends = [free[3 * row + 1][row] for row in range(3)]            # rows end one after the other
-    ended = stream(model, ids, pixels, mask, max_new_tokens=20, eos_token_id=ends)
     monkeypatch.setattr(KVCache, "BLOCK_SIZES", {"cpu": 8})
     monkeypatch.setattr(KVCache, "reserve", reserve)
     monkeypatch.setattr(generate, "capture", capture)
-    cache = KVCache(model.config)
+    return captures, replays
+
+
+def test_a_captured_step_serves_every_later_token_of_its_block(traced_steps):
+    model = tiny()
+    ids, pixels, mask = batch_of([[False, True, False], [False] * 7, [True, False], [False]])
+    model.cuda_graphs = False
+    free = stream(model, ids, pixels, mask, max_new_tokens=20)
+    ends = [free[3 * row + 1][row] for row in range(3)]            # rows end one after the other
+    ended = stream(model, ids, pixels, mask, max_new_tokens=20, eos_token_id=ends)
+    model.cuda_graphs, cache, (captures, replays) = True, KVCache(model.config), traced_steps
     for _ in range(2):
         assert stream(model, ids, pixels, mask, max_new_tokens=20, kv_cache=cache) == free
         assert stream(model, ids, pixels, mask, max_new_tokens=20, kv_cache=cache, eos_token_id=ends) == ended
     assert {4, 1} <= set(replays) <= {4, 2, 1}     # each size takes a capture: rows leave by halves
-    assert len(cache.step_buffers.graphs) < len(replays) / 5
+    assert len(cache.step_buffers.graphs) == len(captures) < len(replays) / 5
+
+
+def test_calls_without_a_cache_share_graphs_but_no_content_and_never_at_the_same_time(traced_steps):
+    model, (captures, _) = tiny(), traced_steps
+    prompts = [batch_of([[False, True, False], [False]]), batch_of([[False, True]])]
+
+    def answers(cuda_graphs):
+        model.cuda_graphs = cuda_graphs
+        return [stream(model, *prompt, max_new_tokens=3) for prompt in prompts]
+    for change, captures_more in ((model.float, True), (model.float, False), (model.double, True),
+                                  (model.language_model.model.tok_embeddings.weight.neg_, False)):
+        with torch.no_grad():
+            change()
+        before, plain = len(captures), answers(False)
+        assert answers(True) == plain and (len(captures) > before) == captures_more
+    several = [model.generate(*prompt, max_new_tokens=3) for prompt in prompts * 2]
+    tokens = [[token.tolist() for token in step] for step in zip(*several, strict=True)]
+    assert [*map(list, zip(*tokens, strict=True))] == plain * 2
+
+
+@law
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 70), st.sampled_from(
+    ["none", "bool", "float"]), st.integers(0, 10**6))
+def test_the_two_products_that_decode_on_a_gpu_equal_the_fused_kernel_and_copy_no_cache(
+        rows, heads, group, columns, kind, seed):
+    torch.manual_seed(seed)
+    keys, values = torch.randn(2, rows + 1, heads, columns + 9, 16)
+    k, v = (t[:rows, :, :columns] for t in (keys, values))         # as KVCache.append returns them
+    q, real = 3 * torch.randn(rows, heads, group, 16), torch.rand(rows, 1, 1, columns) < 0.7
+    real[..., -1] = True
+    mask = {"none": None, "bool": real, "float": real.float().log()}[kind]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        got = mono_internvl.attend_in_two_products(q, k, v, mask)
+    assert_close(got, expected, rtol=0, atol=1e-6)
+    memory = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert 0 < max(memory) <= 4 * rows * heads * group * max(columns, 16)      # the scores, or the result
 
 
 def test_hundreds_of_decoded_tokens_take_no_memory():
@@ -763,8 +881,8 @@ def test_hundreds_of_decoded_tokens_take_no_memory():
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("compile_decode", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_graphs_give_the_same_tokens_and_a_step_never_waits_for_the_host(device, compile_decode, dtype,
-                                                                          monkeypatch):
+def test_graphs_give_the_same_tokens_and_neither_prompt_nor_step_waits_for_the_host(
+        device, compile_decode, dtype, monkeypatch):
     monkeypatch.setattr(KVCache, "BLOCK_SIZES", {"cuda": 16})      # several graphs
     model = tiny(hidden_size=64, max_position_embeddings=256).to(device, dtype)
     prompt = to(device, batch_of([[False, True, False], [False] * 7, [True, False]]))
@@ -773,15 +891,15 @@ def test_graphs_give_the_same_tokens_and_a_step_never_waits_for_the_host(device,
     model.cuda_graphs, model.compile_decode, cache = True, compile_decode, KVCache(model.config)
     captured = stream(model, *prompt, max_new_tokens=60, kv_cache=cache)
     assert len(cache.step_buffers.graphs) >= 4
-    decode = generate.decode
 
-    def watched(*args):
+    def watched(function, *args):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return decode(*args)
+            return function(*args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    monkeypatch.setattr(generate, "decode", watched)
+    for name in ("prefill", "decode"):
+        monkeypatch.setattr(generate, name, functools.partial(watched, getattr(generate, name)))
     replayed = stream(model, *prompt, max_new_tokens=60, kv_cache=cache)
     assert captured == replayed
     if dtype == torch.float32 or not compile_decode:           # fused, 16-bit roundings may differ
