@@ -10,13 +10,11 @@ import glob
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
 import sys
 import tarfile
-import warnings
 from array import array
 from bisect import bisect_right, insort_left
 from collections.abc import Callable, Iterator, Sequence
@@ -44,12 +42,12 @@ def readable(name: str | Path) -> str:
     return name if len(name) <= 200 else f"{name[:130]}...{name[-67:]}"
 
 
-def problem(file: ImageFile, error: str) -> str:
-    """What to say of a file that could not be read: the error, unless Git LFS has not fetched the file."""
-    with suppress(OSError, TypeError, ValueError), open(file, "rb") as f:
+def unreadable(file: str | Path, error: str) -> InputError:
+    """What to raise for a file that is not what it should be. Git LFS may not have fetched it."""
+    with suppress(OSError, ValueError), open(file, "rb") as f:
         if f.read(len(LFS_POINTER)) == LFS_POINTER:
-            return "is a Git LFS pointer, not the file itself: run `git lfs pull`"
-    return error
+            error = "is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    return InputError(f"{readable(file)} {error}")
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -78,8 +76,7 @@ class Tokenizer:
             self.bytes = {i: bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("▁", " ").encode()
                           for i, p in enumerate(pieces)}
         except (RuntimeError, OSError, ValueError) as e:
-            error = problem(self.folder / "tokenizer.model", f"is not a sentencepiece model: {e}")
-            raise InputError(f"{self.folder}/tokenizer.model {error}") from None
+            raise unreadable(self.folder / "tokenizer.model", f"is not a sentencepiece model: {e}") from None
         added, config = ({} if not (self.folder / name).exists() else read_json(self.folder / name)
                          for name in ("added_tokens.json", "tokenizer_config.json"))
         self.special_tokens = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
@@ -224,8 +221,6 @@ def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_PIXELS = 2 ** 28                               # a small file can unpack to more: that is refused
-# Pillow itself warns of more pixels and refuses twice as many.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = 100 * 2 ** 20      # bytes [repo: even more]
 
 
@@ -234,7 +229,7 @@ def open_image(image: ImageFile, max_pixels: int = MAX_PIXELS) -> Image.Image:
     which is missing, damaged, empty or larger than max_pixels."""
     name = getattr(image, "filename", image if isinstance(image, str | Path) else "")
     name = readable(name or "the image")
-    Image.MAX_IMAGE_PIXELS = max_pixels
+    Image.MAX_IMAGE_PIXELS = max_pixels            # Pillow itself refuses twice as many
     try:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
             if 0 < opened.width * opened.height <= max_pixels:
@@ -245,8 +240,7 @@ def open_image(image: ImageFile, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError:
         size = f"more than {2 * max_pixels}"
     except Exception as e:                         # a damaged file raises a different error in each format
-        error = f"is not a readable image: {type(e).__name__}: {readable(e)}"
-        raise InputError(f"{name} {problem(image, error)}") from None
+        raise unreadable(name, f"is not a readable image: {type(e).__name__}: {readable(e)}") from None
     raise InputError(f"{name} is {size} pixels, expected 1 to {max_pixels} in all; --max_pixels allows more")
 
 
@@ -257,23 +251,24 @@ def as_shown(image: Image.Image) -> Image.Image:
     if jpeg and (file := image.fp):                # the last bytes may be missing: decode what is there
         image.load_read = lambda size: file.read(size) or (end_mark.pop() if end_mark else b"")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values, full = np.asarray(image, np.float32), 65535
-        if image.mode in ("I", "F"):               # white is the smallest of these that holds all values
-            if not 0 <= values.min() <= values.max() <= 2 ** 32:
-                raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}")
-            scales = (255, 65535, 2 ** 32) if image.mode == "I" else (1, 255, 65535, 2 ** 32)
-            full = next(scale for scale in scales if values.max() <= scale)
+        # White is the smallest of these scales that holds all values.
+        scales = {"I": (255, 65535, 2 ** 32), "F": (1, 255, 65535, 2 ** 32)}.get(image.mode, (65535,))
+        values = np.asarray(image, np.float32)
+        if not 0 <= values.min() <= values.max() <= scales[-1]:
+            raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}")
+        white = next(scale for scale in scales if values.max() <= scale)
         if "transparency" in image.info:
-            values = np.where(values == image.info["transparency"], full, values)
-        rgb = Image.fromarray(np.rint(values / (full / 255)).astype(np.uint8)).convert("RGB")
+            values = np.where(values == image.info["transparency"], white, values)
+        rgb = Image.fromarray(np.rint(values / (white / 255)).astype(np.uint8)).convert("RGB")
     elif image.has_transparency_data:
         rgba, rgb = image.convert("RGBA"), Image.new("RGB", image.size, "white")
         rgb.paste(rgba, mask=rgba)
     else:
         rgb = image.convert("RGB")
-    lowest = rgb.crop((0, rgb.height - rgb.height // 8, *rgb.size))
-    if jpeg and not end_mark and lowest.getcolors(1) == [(math.prod(lowest.size), (128, 128, 128))]:
-        raise OSError("more than the end is missing")      # what is missing is decoded to this grey
+    if jpeg and not end_mark:                      # what is missing is decoded to 128, or inverted to 127
+        lowest = np.asarray(image)[-max(1, image.height // 8):]
+        if np.isin(lowest, (127, 128)).all():
+            raise OSError("an eighth of the picture or more is missing")
     rgb.info.clear()                               # an EXIF block would turn the picture once more
     with suppress(Exception):                      # without EXIF, or with a damaged block, nothing is turned
         rgb.getexif()[ExifTags.Base.Orientation] = image.getexif()[ExifTags.Base.Orientation]
@@ -331,7 +326,7 @@ NOT_JSONL = {LFS_POINTER: "a Git LFS pointer, not the file itself: run `git lfs 
              rb"\s*(\[|{\s*\n)": "one JSON document: put each sample on a line of its own, as "
                                  "`jq -c '.[]' FILE` does with an array"}
 # Fields like images, image_path, input_image_2, video or pixel_values, but not image_id or image_width.
-PICTURE_FIELD = re.compile("(image|img|picture|photo|pixel|video|frame|audio|jpe?g|png)s?"
+PICTURE_FIELD = re.compile("(image|img|picture|photo|screenshot|pixel|video|frame|audio)s?"
                            "((path|file|name|url|uri|list|data|byte|base|b|value|tensor)s?)*$")
 
 
@@ -447,6 +442,8 @@ class JsonlDataset(Dataset):
         """The files that "image" names. A downloaded annotation must not name any beyond root. Links in root
         are the user's own and may lead anywhere."""
         for name in names:
+            if len(name) > 4096:                   # more than any file system takes
+                raise InputError(f"image {name[:40]!r}... is no file name; save base64 pictures as files")
             if Path(name).anchor or ".." in Path(name).parts:
                 raise InputError(f"image {readable(name)} leads out of the image folder {self.root}")
         return [self.root / name for name in names]
@@ -473,10 +470,8 @@ class TarDataset(JsonlDataset):
     """The same from .tar shards in WebDataset's layout: neighbouring files with one key are a sample. a.json
     is its line, other files (a.jpg, a.1.png) are its images. If a.json is missing or has no conversations,
     a.txt is a caption, learned as the answer to <image> [ours]. Images come in the order in which "image" of
-    a.json names them, else in that of their names, a.2.png before a.10.png. Files without a key (._a.jpg) or
-    an extension are no part of a sample."""
+    a.json names them, else in that of their numbers, a.2.png before a.10.png."""
 
-    FILE = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)     # the key part/7, the extension .left.png
     TEXTS = ".json", ".txt"
 
     def __init__(self, patterns: Sequence[str], *arguments, **options):
@@ -501,18 +496,13 @@ class TarDataset(JsonlDataset):
             previous, seen = None, set()           # the key of the last file; all keys and names of the shard
             try:
                 with tarfile.open(path, "r:") as tar:
-                    while member := tar.next():
-                        tar.members.clear()        # tarfile would keep all headers in memory
-                        file = self.FILE.fullmatch(member.name)
-                        if file is None or not member.isfile():
-                            continue
-                        key, extension = file.groups()
+                    for member, key, extension in sample_files(tar):
                         if (member.name in seen or key != previous and key in seen
                                 or extension.endswith(self.TEXTS) and extension not in self.TEXTS):
-                            raise InputError(
-                                f"{readable(path)}: {readable(member.name)} does not fit: the files of a "
-                                "sample stand together and are called KEY.json or KEY.txt, KEY.jpg, "
-                                "KEY.2.jpg, with no dot in KEY and another KEY for each sample")
+                            raise tarfile.ReadError(
+                                f"{readable(member.name)} does not fit: the files of a sample stand together "
+                                "and are called KEY.json or KEY.txt, KEY.jpg, KEY.2.jpg, with no dot in KEY "
+                                "and another KEY for each sample")
                         if key != previous:
                             locations.extend((number, member.offset))
                         self.has_images |= extension not in self.TEXTS
@@ -520,11 +510,8 @@ class TarDataset(JsonlDataset):
                     tar.fileobj.seek(tar.offset)   # zeros end an archive; tarfile accepts one without them
                     if tar.fileobj.read(512) != bytes(512):
                         raise tarfile.ReadError("its end is missing")
-            except InputError:
-                raise
             except (OSError, ValueError, tarfile.TarError) as e:
-                error = problem(path, f"is no complete, uncompressed .tar: {e}")
-                raise InputError(f"{readable(path)} {error}") from None
+                raise unreadable(path, f"is no complete, uncompressed .tar of samples: {e}") from None
         return np.array(locations, np.int64).reshape(-1, 2)
 
     def read(self, location: int) -> tuple[str, bytes, dict | None]:
@@ -534,12 +521,10 @@ class TarDataset(JsonlDataset):
             with open(path, "rb") as f:
                 f.seek(offset)
                 with tarfile.open(fileobj=f, mode="r:") as tar:
-                    for member in tar:
-                        if member.isfile() and (file := self.FILE.fullmatch(member.name)):
-                            if sample_key not in (None, file[1]):
-                                break
-                            sample_key = file[1]
-                            files[member.name] = tar.extractfile(member).read()
+                    for member, key, _ in sample_files(tar):
+                        if sample_key not in (None, key):
+                            break
+                        sample_key, files[member.name] = key, tar.extractfile(member).read()
             if sample_key is None:
                 raise tarfile.ReadError(f"no file begins at byte {offset}")
         except (OSError, tarfile.TarError) as e:
@@ -564,6 +549,16 @@ class TarDataset(JsonlDataset):
         elif None in found or len({*found}) < len({*names}):
             raise InputError(f"image is {names!r:.60}, but the sample has {readable(', '.join(files))}")
         return [io.BytesIO(files[file]) for file in found]
+
+
+def sample_files(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """(header, key, extension) of each file, by WebDataset's rule: that of "part/7.left.png" are "part/7" and
+    ".left.png". A file without a key or an extension belongs to no sample."""
+    while member := tar.next():
+        tar.members.clear()                        # tarfile would keep all headers in memory
+        name = re.fullmatch(r"((?:.*/)?[^./]+)(\.[^/]*)", member.name, re.DOTALL)
+        if name and member.isfile():
+            yield member, name[1], name[2]
 
 
 def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = None,
