@@ -155,7 +155,7 @@ def turns(*texts: str) -> list[dict]:
 
 def chat_parts(conversation: Sequence[dict], system: str) -> Iterator[tuple[str, str]]:
     """The internlm2-chat template [repo] in parts (role, text). The model learns the parts of role "gpt". A
-    first turn from "system" replaces `system` [as InternVL's later code does]."""
+    first turn from "system" replaces `system` [ours: as InternVL does it later]."""
     first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
     own = isinstance(first, dict) and first.get("from") == "system"
     if first is None or len(conversation) == own:
@@ -320,11 +320,6 @@ def load_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use
 
 # ---------------------------------------------------------------- training samples from files
 
-# What is often taken for JSONL: how it begins, and what it is.
-NOT_JSONL = {LFS_POINTER: "a Git LFS pointer, not the file itself: run `git lfs pull`",
-             rb".{0,3}\0": "UTF-16 text: save it as UTF-8",
-             rb"\s*(\[|{\s*\n)": "one JSON document: put each sample on a line of its own, as "
-                                 "`jq -c '.[]' FILE` does with an array"}
 # Fields like images, image_path, input_image_2, video or pixel_values, but not image_id or image_width.
 PICTURE_FIELD = re.compile("(image|img|picture|photo|screenshot|pixel|video|frame|audio)s?"
                            "((path|file|name|url|uri|list|data|byte|base|b|value|tensor)s?)*$")
@@ -377,12 +372,17 @@ class JsonlDataset(Dataset):
         locations, lines = [np.empty((0, 2), np.int64)], 0
         try:
             with open(self.annotation, "rb") as f:
-                beginning = f.read(1000)
-                block_start = 3 if beginning.startswith(codecs.BOM_UTF8) else 0
+                block_start = 3 if f.read(3) == codecs.BOM_UTF8 else 0
                 f.seek(block_start)
-                for pattern, what in NOT_JSONL.items():
-                    if re.match(pattern, beginning[block_start:], re.DOTALL):
-                        raise ValueError(f"it is {what}")
+                beginning = f.read(1000)
+                if beginning.startswith(LFS_POINTER):
+                    raise ValueError               # `unreadable` says so
+                if b"\0" in beginning[:4]:
+                    raise ValueError("expected UTF-8 text, and it is probably UTF-16")
+                if re.match(rb"\s*(\[|{\s*\n)", beginning):
+                    raise ValueError("expected JSONL, and it is one JSON document: put each sample on a line "
+                                     "of its own, as `jq -c '.[]' FILE` does with an array")
+                f.seek(block_start)
                 while block := f.read(self.BLOCK_SIZE) + f.readline():     # whole lines
                     self.has_images |= bool(re.search(rb'"image"\s*:\s*\[?\s*"[^"]', block))
                     characters = np.frombuffer(block, np.uint8)
@@ -394,7 +394,7 @@ class JsonlDataset(Dataset):
                     locations.append(np.delete(np.stack([numbers, block_start + starts], 1), blank, 0))
                     lines, block_start = lines + len(starts), block_start + len(block)
         except (OSError, ValueError) as e:         # ValueError: a null character in the name
-            raise InputError(f"{self.name} is not readable: {getattr(e, 'strerror', e)}") from None
+            raise unreadable(self.annotation, f"is not readable: {getattr(e, 'strerror', e)}") from None
         return np.concatenate(locations)
 
     def __len__(self) -> int:
@@ -429,8 +429,8 @@ class JsonlDataset(Dataset):
         if not isinstance(line, dict):
             raise InputError(f"{line!r:.60} is not an object with conversations")
         for field, value in line.items():
-            could_hold_one = PICTURE_FIELD.search(re.sub("[^a-z]", "", field.lower()))
-            if could_hold_one and field != "image" and value and isinstance(value, str | list | dict):
+            may_hold_picture = PICTURE_FIELD.search(re.sub("[^a-z]", "", field.lower()))
+            if may_hold_picture and field != "image" and value and isinstance(value, str | list | dict):
                 raise InputError(f'the field {field!r:.60} is unknown; pictures belong in "image"')
         names = line.get("image") or []
         names = [names] if isinstance(names, str) else names

@@ -1687,9 +1687,9 @@ WRONG = {
           for value in ("a.png", ["a.png"], {"bytes": "a"})),
         *((line, "a.jsonl:1: not JSON") for line in (b"{bad", b"1" * 5000, b'{"a":' * 100_000)),
         (b"1", "a.jsonl:1: .* is not an object"), LFS,
-        *((text, "a.jsonl is not readable: it is one JSON document") for text in (
+        *((text, "a.jsonl is not readable: expected JSONL, and it is one JSON") for text in (
             b'[{"id": 0}]', b' \n[\n{"id": 0}]', b'\xef\xbb\xbf[{}]', b'{\n"id": 0}', b"[" * 100_000)),
-        *(('{"id": 0}\n'.encode(code), "a.jsonl is not readable: it is UTF-16")
+        *(('{"id": 0}\n'.encode(code), "a.jsonl is not readable: expected UTF-8 .* UTF-16")
           for code in ("utf-16", "utf-16-le", "utf-16-be"))],
     "img/a.png": [                                 # two are a header alone, of a huge picture
         (b"hello", "a.jsonl:1: .*a.png is not a readable image"), LFS,
