@@ -1336,6 +1336,10 @@ def test_a_picture_is_the_same_in_every_depth_and_range(values, kind):
     assert torch.equal(load_image(saved(image, kind) if kind else image, 6, 56), load_image(GREY, 6, 56))
 
 
+def test_a_dark_picture_of_16_bits_stays_dark():
+    assert data.open_image(Image.fromarray(GREY_VALUES.astype(np.uint16))).getextrema() == ((0, 1),) * 3
+
+
 @pytest.mark.parametrize("value", [-1, -0.1, 2.0 ** 33, math.nan, math.inf, -math.inf])
 def test_a_picture_whose_values_have_no_scale_is_refused_and_its_mode_named(value):
     values = GREY_VALUES.astype(np.int32 if value == -1 else np.float32)
@@ -1458,7 +1462,7 @@ def test_a_dataset_gives_what_its_lines_or_shards_say(
         line, _, _, other, _ = (tmp_path / "a.jsonl").read_bytes().split(b"\n")
         long = "part/2" if shards == tarfile.USTAR_FORMAT else "long" * 80     # a header of several blocks
         write_shard(tmp_path / "s-000.tar", {
-            "part": b"", f"{long}.0.png": Path(PICTURE).read_bytes(), f"{long}.json": line,
+            "part.d": b"", f"{long}.0.png": Path(PICTURE).read_bytes(), f"{long}.json": line,
             f"{long}.1.png": small.read_bytes(), f"{long}.txt": b"no", "._a.png": b"Finder"}, format=shards)
         write_shard(tmp_path / "s-001.tar", {      # its first sample is called like the last one before it
                     f"{long}.json": other, "0001.txt": b"a car", "0001.json": b"{}",
@@ -1512,9 +1516,11 @@ def test_images_of_a_shard_come_as_its_json_names_them_or_else_in_the_order_of_t
 def test_a_dataset_knows_whether_any_line_has_an_image(tmp_path):
     text = [{"conversations": ask('{"image": "a.png"}', "b")}, {"image": "", "conversations": ask("a", "b")},
             {"image": [], "conversations": ask("a", "b")}, {"image": None, "conversations": ask("a", "b")}]
-    for i, image in enumerate([None, "a.png", ["a.png"]]):
-        (tmp_path / str(i)).mkdir()
-        meta = write_meta(tmp_path / str(i), text + [{"image": image, "conversations": ask("a", "b")}])
+    meta = write_meta(tmp_path, text)
+    entry = json.loads(meta.read_text())["a"]
+    meta.write_text(json.dumps({"text": entry, "last": {**entry, "annotation": "last.jsonl"}}))
+    for image in (None, "a.png", ["a.png"]):
+        (tmp_path / "last.jsonl").write_text(json.dumps({"image": image, "conversations": ask("a", "b")}))
         assert load_meta(meta, TOK, SMALL).has_images is bool(image)
         write_shard(tmp_path / "a.tar", {"1.json": b"{}", **({"1.png": b"a"} if image else {})})
         assert data.TarDataset([f"{tmp_path}/a.tar"], TOK, SMALL).has_images is bool(image)
