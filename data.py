@@ -251,8 +251,9 @@ def as_shown(image: Image.Image) -> Image.Image:
     if jpeg and (file := image.fp):                # the last bytes may be missing: decode what is there
         image.load_read = lambda size: file.read(size) or (end_mark.pop() if end_mark else b"")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        # White is the smallest of these scales that holds all values.
-        scales = {"I": (255, 65535, 2 ** 32), "F": (1, 255, 65535, 2 ** 32)}.get(image.mode, (65535,))
+        # White is the smallest of these scales that holds all values. A TIFF in mode I;16 may have 12 bits.
+        bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]
+        scales = {"I": (255, 65535, 2 ** 32), "F": (1, 255, 65535, 2 ** 32)}.get(image.mode, (2 ** bits - 1,))
         values = np.asarray(image, np.float32)
         if not 0 <= values.min() <= values.max() <= scales[-1]:
             raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}")
@@ -393,7 +394,7 @@ class JsonlDataset(Dataset):
                     numbers = np.arange(lines + 1, lines + 1 + len(starts))
                     locations.append(np.delete(np.stack([numbers, block_start + starts], 1), blank, 0))
                     lines, block_start = lines + len(starts), block_start + len(block)
-        except (OSError, ValueError) as e:         # ValueError: a null character in the name
+        except (OSError, ValueError) as e:         # ValueError: from above, or a null character in the name
             raise unreadable(self.annotation, f"is not readable: {getattr(e, 'strerror', e)}") from None
         return np.concatenate(locations)
 

@@ -26,6 +26,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -1336,8 +1337,14 @@ def test_a_picture_is_the_same_in_every_depth_and_range(values, kind):
     assert torch.equal(load_image(saved(image, kind) if kind else image, 6, 56), load_image(GREY, 6, 56))
 
 
-def test_a_dark_picture_of_16_bits_stays_dark():
+def test_a_dark_picture_of_16_bits_stays_dark_and_12_bits_of_a_tiff_become_8():
     assert data.open_image(Image.fromarray(GREY_VALUES.astype(np.uint16))).getextrema() == ((0, 1),) * 3
+    bits = "".join(f"{round(value * 4095 / 255):012b}" for value in range(256))
+    pixels = int(bits, 2).to_bytes(len(bits) // 8, "big")                  # a row of all grey levels
+    tags = {256: 256, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tiff = struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + struct.pack("<H", 9) + tags + bytes(4)
+    assert [*data.open_image(io.BytesIO(tiff)).getchannel("R").tobytes()] == [*range(256)]
 
 
 @pytest.mark.parametrize("value", [-1, -0.1, 2.0 ** 33, math.nan, math.inf, -math.inf])
