@@ -26,6 +26,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -1336,6 +1337,16 @@ def test_a_picture_is_the_same_in_every_depth_and_range(values, kind):
     assert torch.equal(load_image(saved(image, kind) if kind else image, 6, 56), load_image(GREY, 6, 56))
 
 
+def test_a_dark_picture_of_16_bits_stays_dark_and_12_bits_of_a_tiff_become_8():
+    assert data.open_image(Image.fromarray(GREY_VALUES.astype(np.uint16))).getextrema() == ((0, 1),) * 3
+    bits = "".join(f"{round(value * 4095 / 255):012b}" for value in range(256))
+    pixels = int(bits, 2).to_bytes(len(bits) // 8, "big")                  # a row of all grey levels
+    tags = {256: 256, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tiff = struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + struct.pack("<H", 9) + tags + bytes(4)
+    assert [*data.open_image(io.BytesIO(tiff)).getchannel("R").tobytes()] == [*range(256)]
+
+
 @pytest.mark.parametrize("value", [-1, -0.1, 2.0 ** 33, math.nan, math.inf, -math.inf])
 def test_a_picture_whose_values_have_no_scale_is_refused_and_its_mode_named(value):
     values = GREY_VALUES.astype(np.int32 if value == -1 else np.float32)
@@ -1393,7 +1404,8 @@ def test_a_damaged_exif_block_leaves_a_picture_as_it_is(block):
         assert data.open_image(damaged).tobytes() == data.open_image(plain).tobytes()
 
 
-def test_a_picture_is_read_without_its_last_bytes_or_with_large_texts_but_not_cut_or_larger_than_allowed():
+def test_a_jpeg_without_its_end_and_a_png_with_large_texts_are_read_but_no_cut_or_huge_picture(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)                   # restored after the test
     picture, texts = Image.open(PICTURE).convert("RGB"), PngImagePlugin.PngInfo()
     texts.add_text("note", "long " * 10 ** 6, zip=True)
     for options in ({"pnginfo": texts}, {"icc_profile": bytes(3 * 10 ** 6)}):
@@ -1403,8 +1415,9 @@ def test_a_picture_is_read_without_its_last_bytes_or_with_large_texts_but_not_cu
         whole = data.open_image(io.BytesIO(content))
         assert data.open_image(io.BytesIO(content[:-2])).tobytes() == whole.tobytes()  # no end mark
         data.open_image(io.BytesIO(content[:-20]))
-    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"):
-        content = saved(picture, kind).getvalue()
+    for kind, mode in ("JPEG", "L"), ("JPEG", "CMYK"), *(
+            (kind, "RGB") for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")):
+        content = saved(picture.convert(mode), kind).getvalue()
         with pytest.raises(InputError, match="is not a readable image"):
             data.open_image(io.BytesIO(content[:len(content) // 2]))
     pixels = picture.width * picture.height
@@ -1442,7 +1455,8 @@ def assert_same(ours: dict, theirs: dict):
 
 @pytest.mark.parametrize("shards", [None, tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("own_tiles, thumbnail, fewest", [(3, True, 1), (None, False, 4)])
-def test_a_dataset_gives_what_its_lines_or_shards_say(tmp_path, shards, own_tiles, thumbnail, fewest):
+def test_a_dataset_gives_what_its_lines_or_shards_say(
+        tmp_path, monkeypatch, shards, own_tiles, thumbnail, fewest):
     one, two, text = ask("<image>", "a car"), ask("<image> <image>", "Twice."), ask("你好", "hi")
     odd = "b\udce9\n.png"                          # no valid Unicode, but a file may have this name
     meta = write_meta(tmp_path, [{"id": "\ud800", "image": ["a.png", odd], "conversations": two}, "", " ",
@@ -1455,7 +1469,7 @@ def test_a_dataset_gives_what_its_lines_or_shards_say(tmp_path, shards, own_tile
         line, _, _, other, _ = (tmp_path / "a.jsonl").read_bytes().split(b"\n")
         long = "part/2" if shards == tarfile.USTAR_FORMAT else "long" * 80     # a header of several blocks
         write_shard(tmp_path / "s-000.tar", {
-            "part": b"", f"{long}.0.png": Path(PICTURE).read_bytes(), f"{long}.json": line,
+            "part.d": b"", f"{long}.0.png": Path(PICTURE).read_bytes(), f"{long}.json": line,
             f"{long}.1.png": small.read_bytes(), f"{long}.txt": b"no", "._a.png": b"Finder"}, format=shards)
         write_shard(tmp_path / "s-001.tar", {      # its first sample is called like the last one before it
                     f"{long}.json": other, "0001.txt": b"a car", "0001.json": b"{}",
@@ -1477,6 +1491,9 @@ def test_a_dataset_gives_what_its_lines_or_shards_say(tmp_path, shards, own_tile
         assert_same(samples[i], {
             "id": name, "task": "a" if i < 3 else "b", "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels), "pixel_values": torch.cat(tiles) if tiles else None})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)                   # restored after the test
+    with pytest.raises(InputError, match=f"^{re.escape(names[2])}: .* expected 1 to 999 .* --max_pixels"):
+        load_meta(meta, TOK, config, max_pixels=999)[2]
     (file := tmp_path / ("a.jsonl" if shards is None else "s-000.tar")).unlink()
     with pytest.raises(InputError, match=f"{file} is not readable any more"):
         samples[0]
@@ -1489,20 +1506,28 @@ def test_images_of_a_shard_come_as_its_json_names_them_or_else_in_the_order_of_t
         Image.new("RGB", (8, 8), (file, file, file)).save(tmp_path / f"{file}.png")
     shown = [int(re.findall("[0-9]+", name)[-1]) for name in names or [] if "other" not in name] or [1, 2, 10]
     line = {"image": names, "conversations": ask("<image>" * len(shown), "yes")}
-    write_shard(tmp_path / "a.tar", {
-        "part/7.10.png": (tmp_path / "10.png").read_bytes(), "part/7.json": json.dumps(line).encode(),
-        "part/7.2.png": (tmp_path / "2.png").read_bytes(), "part/7.1.png": (tmp_path / "1.png").read_bytes()})
+    pictures = {f"part/7.{file}.png": (tmp_path / f"{file}.png").read_bytes() for file in (10, 2, 1)}
+    files = {"part/7.json": json.dumps(line).encode(), **pictures}
+    write_shard(tmp_path / "a.tar", files)
     sample = data.TarDataset([f"{tmp_path}/a.tar"], TOK, SMALL, max_tiles=3)[0]
     tiles = [load_image(tmp_path / f"{file}.png", 1, 56) for file in shown]
     assert torch.equal(sample["pixel_values"], torch.cat(tiles))
+    if names and "other.png" not in names:         # if one is named, all that are named must exist
+        for wrong in ("7.3.png", names[0] + "x", f"another/{names[0]}"):
+            line["image"] = [*names, wrong]
+            write_shard(tmp_path / "a.tar", {**files, "part/7.json": json.dumps(line).encode()})
+            with pytest.raises(InputError, match="part/7: image is .*, but the sample has part/7.10.png"):
+                data.TarDataset([f"{tmp_path}/a.tar"], TOK, SMALL)[0]
 
 
 def test_a_dataset_knows_whether_any_line_has_an_image(tmp_path):
     text = [{"conversations": ask('{"image": "a.png"}', "b")}, {"image": "", "conversations": ask("a", "b")},
             {"image": [], "conversations": ask("a", "b")}, {"image": None, "conversations": ask("a", "b")}]
-    for i, image in enumerate([None, "a.png", ["a.png"]]):
-        (tmp_path / str(i)).mkdir()
-        meta = write_meta(tmp_path / str(i), text + [{"image": image, "conversations": ask("a", "b")}])
+    meta = write_meta(tmp_path, text)
+    entry = json.loads(meta.read_text())["a"]
+    meta.write_text(json.dumps({"text": entry, "last": {**entry, "annotation": "last.jsonl"}}))
+    for image in (None, "a.png", ["a.png"]):
+        (tmp_path / "last.jsonl").write_text(json.dumps({"image": image, "conversations": ask("a", "b")}))
         assert load_meta(meta, TOK, SMALL).has_images is bool(image)
         write_shard(tmp_path / "a.tar", {"1.json": b"{}", **({"1.png": b"a"} if image else {})})
         assert data.TarDataset([f"{tmp_path}/a.tar"], TOK, SMALL).has_images is bool(image)
@@ -1665,7 +1690,8 @@ WRONG = {
         ("conversations", ask("a", "b"), "has 0 <image> marks for 1 images"),
         ("image", 3, "image is 3"), ("image", [None], "image is"), ("image", "no.png", "png does not exist"),
         *(("image", file, "is not a readable image")
-          for file in ("nul\0.png", ".", "\ud800.png", "data:image/jpeg;base64," + "/9j/" * 50_000)),
+          for file in ("nul\0.png", ".", "\ud800.png", "x" * 1000)),
+        ("image", "/9j/" * 50_000, "image '/9j/.* is no file name; save base64 pictures as files"),
         *(("image", file, "leads out of the image folder")
           for file in ("../a.jsonl", "img/../a.png", PICTURE)),
         *((field, value, f"field '{field}' is unknown; pictures belong in \"image\"")
@@ -1674,9 +1700,9 @@ WRONG = {
           for value in ("a.png", ["a.png"], {"bytes": "a"})),
         *((line, "a.jsonl:1: not JSON") for line in (b"{bad", b"1" * 5000, b'{"a":' * 100_000)),
         (b"1", "a.jsonl:1: .* is not an object"), LFS,
-        *((text, "a.jsonl is not readable: it is one JSON document") for text in (
+        *((text, "a.jsonl is not readable: expected JSONL, and it is one JSON") for text in (
             b'[{"id": 0}]', b' \n[\n{"id": 0}]', b'\xef\xbb\xbf[{}]', b'{\n"id": 0}', b"[" * 100_000)),
-        *(('{"id": 0}\n'.encode(code), "a.jsonl is not readable: it is UTF-16")
+        *(('{"id": 0}\n'.encode(code), "a.jsonl is not readable: expected UTF-8 .* UTF-16")
           for code in ("utf-16", "utf-16-le", "utf-16-be"))],
     "img/a.png": [                                 # two are a header alone, of a huge picture
         (b"hello", "a.jsonl:1: .*a.png is not a readable image"), LFS,
@@ -1684,7 +1710,7 @@ WRONG = {
         (b"P6 100000 100000 255\n", "a.png is more than 536870912 pixels, .* 268435456 .* --max_pixels")],
     "s.tar": [
         (gzip.compress(b""), "s.tar is no complete, uncompressed .tar"), LFS,
-        *((shard_of(*names), f"s.tar: {wrong} does not fit: the files of a sample stand together")
+        *((shard_of(*names), f"s.tar is no .* .tar of samples: {wrong} does not fit: ")
           for *names, wrong in (
               ("a.json", "b.json", "a.png", "a.png"), ("a.json", "a.png", "a.json", "a.json"),
               ("a.1.png", "a.1.json", "a.1.json"), ("a.1.txt", "a.1.txt"))),
