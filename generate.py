@@ -347,6 +347,7 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
         numbers = token.masked_fill(bad, -1).tolist()                      # the one sync of a step
         for row, t in zip(running, numbers, strict=True):
             if t < 0 and row not in ended:
+                cache.truncate(0)                  # attention may have spread it to tokens before its origin
                 name = str(dtype).removeprefix("torch.")
                 raise InputError(f"the logits are NaN or infinite in {name}: " + (
                     "the weights are damaged; try another copy of them" if name == "float32" else

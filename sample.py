@@ -90,7 +90,7 @@ def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
     with explain_out_of_memory("choose --dtype bfloat16"):
         model = MonoInternVL.from_pretrained(folder, getattr(torch, dtype), device).eval()
     if len(tok) > model.config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
+        raise InputError(f"{folder}'s tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
     model.moe, model.cuda_graphs, model.compile_decode = flags.moe, flags.cuda_graphs, flags.compile
     return model
 
