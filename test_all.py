@@ -44,6 +44,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import torchgen
 from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -964,35 +965,51 @@ def test_a_sampling_value_out_of_range_is_named(option):
         stream(tiny(), PROMPTS, **{"max_new_tokens": 2, **option})
 
 
-class NoFloat64(TorchDispatchMode):
-    """Fails at each operator that makes a float64 or complex tensor, which the GPU of a Mac does not have.
-    Exceptions: single numbers on the CPU, which are Python's, such as the 0 of torch.where(mask, x, 0)."""
+class Operators(TorchDispatchMode):
+    """Notes all operators, and fails at one that makes a float64 or complex tensor."""
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **kwargs or {})
         for t in torch.utils._pytree.tree_leaves(result):
             if isinstance(t, torch.Tensor):
-                assert t.dtype != torch.float64 and not t.is_complex(), f"{function} makes {t.dtype}"
-        self.operators.add(function)
+                assert t.dtype != torch.float64 and not t.is_complex(), f"{operator} makes {t.dtype}"
+        self.names.add(str(operator).removesuffix(".default"))
         return result
 
-    def __enter__(self):
-        self.operators = set()
-        return super().__enter__()
 
-
+@pytest.mark.parametrize("backend", ["torch", "dense"])
 @pytest.mark.parametrize("rope", ROPE)
-def test_nothing_takes_float64_to_the_device(rope):
-    model, prompt = tiny(rope_scaling=ROPE[rope]), batch_of([[False, True, False], [False] * 7, [True, False]])
-    packed = (prompt[0][:1], prompt[1][:1], None, prompt[0][:1], torch.tensor([[1, 1, 1, 2, 2, 2, 2]]))
+def test_the_gpu_of_a_mac_has_all_that_training_and_generation_need(rope, backend):
+    """It has neither float64 nor every operator. Outside of this test: sum_over_processes adds up float64 on
+    the CPU, by design."""
+    def has_mac(name):
+        entry = entries[name]
+        delegate = re.search(r"structured_delegate: (\S+)", entry)
+        return has_mac(delegate[1]) if delegate else "dispatch:" not in entry or "MPS" in entry or (
+            "Composite" in entry)
+    kernels = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    entries = {re.match(r"[\w.]+", entry)[0]: entry for entry in kernels.read_text().split("\n- func: ")[1:]}
+    prompt = batch_of([[False, True, False], [False] * 7, [True, False]])
+    model = tiny(rope_scaling=ROPE[rope])
+    model.moe, image, text = backend, (torch.tensor([[IMG, 1]]), prompt[1][:1]), (PROMPTS,)
+    packed = prompt[0][:1], prompt[1][:1], None, prompt[0][:1], torch.tensor([[1, 1, 1, 2, 2, 2, 2]])
     optimizer = torch.optim.AdamW(model.parameters())
-    with NoFloat64() as seen:
+    with Operators() as seen:
         for arguments in packed, (*prompt, prompt[0]):
             model(*arguments)[1].backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        for options in {}, dict(temperature=1.0, seed=0, top_k=5, top_p=0.9, repetition_penalty=2.0, num_tokens=45):
-            assert len(stream(model, *prompt, max_new_tokens=4, prefill_chunk=3, **options)) == 4
+        for inputs, options in itertools.product((prompt, image, text), ({}, dict(
+                temperature=1.0, seed=0, top_k=5, top_p=0.9, repetition_penalty=2.0, num_tokens=45))):
+            assert len(stream(model, *inputs, max_new_tokens=4, prefill_chunk=3, **options)) == 4
+    names = [name.removeprefix("aten.") for name in seen.names if name.startswith("aten.")]
+    # Attention has a kernel of its own on each device.
+    assert [name for name in names if not has_mac(name) and "attention_for_cpu" not in name] == []
+    assert len(names) > 100 and not has_mac("linalg_eig")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -2036,6 +2053,39 @@ def test_a_system_message_of_the_flag_or_of_the_conversation_is_read_in_place_of
     assert sample.main(["--model", saved_model, *file, f"{tmp_path}/0.jsonl"]) == 1      # another message
 
 
+BLUE = (0, 0, 255)
+
+
+@pytest.mark.parametrize("answer, boxes", [
+    ("<ref>cup</ref><box>[[100, 200, 400, 900]]</box>", [(20, 20, 80, 90)]),
+    ("a <ref>cup</ref><box>[[400, 900, 100, 200],[500,0,1000,500]]</box> and <ref>杯</ref> "
+     "<box>[[0, 500, 90, 950]]</box>.", [(20, 20, 80, 90), (100, 0, 200, 50), (0, 50, 18, 95)]),
+    ("<box>[[100.0, 200.0, 400.0, 900.0], [1, 2]]</box>", [(20, 20, 80, 90)]),
+    ("no box", []), ("<ref>cup</ref><box>[[1, 2], [3, 4]]</box>", []), ("[[1, 2, 3, 4]]", [])])
+def test_the_boxes_of_an_answer_are_drawn_with_their_names(saved_model, tmp_path, monkeypatch, capsys, answer,
+                                                           boxes):
+    picture, drawn = tmp_path / "blue.png", tmp_path / "drawn"
+    Image.new("RGB", (200, 100), BLUE).save(picture)
+    listen(monkeypatch, [[*TOK.encode(answer + "<|im_end|>", bos=False)]])
+    argv = ["--model", saved_model, "--prompt", "Find it.", "--image", str(picture), "--draw"]
+    assert sample.main([*argv, str(drawn)]) == 0
+    out, err = capsys.readouterr()
+    assert out == answer + "\n" and err == ("" if boxes else "the answer names no box, nothing is drawn\n")
+    assert drawn.exists() == bool(boxes)
+    if boxes:
+        image = Image.open(drawn)
+        assert (image.format, image.size) == ("PNG", (200, 100))
+        for left, top, right, bottom in boxes:
+            for x, y in ((right, bottom), (left, bottom), (right, top), ((left + right) // 2, bottom)):
+                assert image.getpixel((min(x, 199), min(y, 99))) != BLUE
+            assert image.getpixel(((left + right) // 2, bottom - 4)) == BLUE             # only its frame
+        changed = [image.getpixel((x, y)) != BLUE for x in range(22, 40) for y in range(22, 34)]
+        assert any(changed) == ("cup" in answer)   # the name
+        listen(monkeypatch, [[*TOK.encode(answer + "<|im_end|>", bos=False)]])
+        assert sample.main([*argv, f"{tmp_path}/none/a.png"]) == 1
+        assert re.fullmatch(r"error: .*none/a.png.*\n", capsys.readouterr().err)
+
+
 def test_tokens_of_a_padded_vocabulary_are_never_sampled(saved_model, tmp_path, monkeypatch, capsys):
     shutil.copytree(saved_model, tmp_path, dirs_exist_ok=True)
     MonoInternVL(replace(SMALL, vocab_size=3 * len(TOK))).save_pretrained(tmp_path)
@@ -2066,13 +2116,11 @@ def test_logits_that_are_no_numbers_end_an_answer_and_a_file_of_questions_with_o
     calls = listen(monkeypatch)
     status, records = ask_file(tmp_path, str(tmp_path), "--batch_size=2", "--dtype", dtype)
     said += re.findall(r"error: (.*)\n", capsys.readouterr().err)
-    assert (status, len(records), len(calls)) == (1, 4, 3)                 # it stopped at the first such batch
+    assert (status, len(records), len(calls)) == (1, 4, 3)     # it stopped at the first such batch
     assert len(said) == 3
     assert all(re.match(f"the logits are NaN or infinite in {dtype}: .*try ", line) for line in said)
     if dtype == "float16":
         assert sample.main([*argv, "bfloat16", "--prompt", "Q"]) == 0
-
-
 
 
 CANNOT_BE_ASKED = ["{", "{}", '{"question": 1}', '{"image": "none.png", "question": "?"}',
@@ -2576,14 +2624,17 @@ def test_torch_compile_takes_a_model_with_the_kernel():
 
 # ---------------------------------------------------------------- the kernel: the build
 
-@pytest.mark.parametrize("environment, backend, message", [
-    ({}, "cuda", "for tests and study"),
-    ({"CXX": "no-compiler", "TORCH_EXTENSIONS_DIR": "empty"}, "torch", "no-compiler")])
+@pytest.mark.parametrize("environment, missing, backend, message", [
+    ({}, None, "cuda", "for tests and study"),
+    ({"CXX": "no-compiler", "TORCH_EXTENSIONS_DIR": "empty"}, None, "torch", "no-compiler"),
+    ({}, "fcntl", "torch", "needs Python's module fcntl, which Windows lacks")])
 def test_a_kernel_on_a_cpu_or_one_that_cannot_be_built_says_so_once(
-        tmp_path, monkeypatch, environment, backend, message):
+        tmp_path, monkeypatch, environment, missing, backend, message):
     monkeypatch.chdir(tmp_path)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)        # its import fails, as on Windows
     library = inspect.unwrap(moe_kernel.library, stop=lambda function: hasattr(function, "cache_clear"))
     library.cache_clear()                          # as in a process that has not loaded it yet
     with pytest.warns(UserWarning, match=message) as warned:
@@ -2594,6 +2645,24 @@ def test_a_kernel_on_a_cpu_or_one_that_cannot_be_built_says_so_once(
         with pytest.raises(RuntimeError, match="choose the torch back end"):
             moe_kernel.route(torch.zeros(4, dtype=torch.uint8))
     library.cache_clear()
+
+
+def test_without_the_modules_that_windows_lacks_everything_else_works(saved_model):
+    code = ("import sys\nsys.modules |= dict.fromkeys(['fcntl', 'resource', 'readline', 'termios', 'pwd'])\n"
+            "import bench, evaluate, sample, train_evip\nsys.exit(sample.main(sys.argv[1:]))")
+    asked = run_python(code, "--model", saved_model, "--prompt", "hi", "--moe=cuda", "--image", PICTURE,
+                       "--max_new_tokens=2", "--stats")
+    assert asked.returncode == 0 and "peak memory unknown" in asked.stdout, asked.stdout
+    assert asked.stdout.count("no cuda back end on cpu: moe_kernel.cu could not be built") == 1
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, platform, unit):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3000))
+    assert budget.peak_memory("cpu") == budget.peak_memory("mps") == 3000 * unit
+    monkeypatch.setattr(budget, "resource", None)
+    assert budget.peak_memory("cpu") is None
 
 
 @pytest.mark.slow
