@@ -140,7 +140,7 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
             answer.append(int(token))
             print(stream.push(token), end="", flush=True)
         else:
-            cut = f"cut after {len(answer)} tokens: by --max_new_tokens, or the context is full\n"
+            cut = f"the answer was cut after {len(answer)} tokens, by --max_new_tokens or a full context\n"
     print(stream.flush(), flush=True)
     print(cut, end="", file=sys.stderr)
     if flags.stats:
@@ -293,13 +293,13 @@ def open_in_place(output: Path) -> int | None:
         return os.dup(1)
     if not output.exists() or output.is_file():
         return None
-    if not output.is_fifo():
-        return os.open(output, os.O_WRONLY)
+    fifo = output.is_fifo()                        # without O_NONBLOCK, opening it waits for a reader
     try:
-        fd = os.open(output, os.O_WRONLY | os.O_NONBLOCK)      # without it, a FIFO waits for a reader
+        fd = os.open(output, os.O_WRONLY | (os.O_NONBLOCK if fifo else 0))
     except OSError as e:
-        raise InputError(f"{output} cannot be written: {e.strerror}. Start a FIFO's reader first") from None
-    os.set_blocking(fd, True)
+        raise InputError(f"{output} cannot be written: {e.strerror}" + "; nobody reads it" * fifo) from None
+    if fifo:
+        os.set_blocking(fd, True)
     return fd
 
 
