@@ -965,6 +965,30 @@ def test_a_sampling_value_out_of_range_is_named(option):
         stream(tiny(), PROMPTS, **{"max_new_tokens": 2, **option})
 
 
+@pytest.mark.parametrize("row", range(3))
+def test_logits_that_are_no_numbers_end_generation_unless_their_row_has_ended(monkeypatch, row):
+    """With CUDA graphs, rows leave by halves: one that has ended may stay and overflow."""
+    def reserve(self, *args, plain=KVCache.reserve):
+        plain(self, *args)
+        self.step_buffers.pool = "what a CPU has none of"
+
+    def decode(model, token, cache):
+        logits = torch.zeros(len(token), 50)
+        logits[row] = math.inf
+        return logits
+    prompt = batch_of([[False] * 3, [False] * 7, [False] * 5])
+    first, = stream(tiny(), *prompt, max_new_tokens=1)
+    assert len(set(first)) == 3
+    monkeypatch.setattr(KVCache, "reserve", reserve)
+    monkeypatch.setattr(generate, "decode", decode)
+    options = dict(max_new_tokens=3, eos_token_id=first[0])
+    if row == 0:
+        assert [tokens[0] for tokens in stream(tiny(), *prompt, **options)] == [first[0]] * 3
+    else:
+        with pytest.raises(InputError, match="NaN or infinite in float32"):
+            stream(tiny(), *prompt, **options)
+
+
 class Operators(TorchDispatchMode):
     """Notes all operators, and fails at one that makes a float64 or complex tensor."""
 
