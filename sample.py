@@ -75,7 +75,7 @@ def explain_out_of_memory(advice: str):
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search("(allocate|out of) memory", str(e)):
+        if not re.search("MemoryError|(allocate|out of) memory", repr(e)):
             raise
         raise InputError(f"out of memory; {advice}") from None
 

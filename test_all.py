@@ -2344,7 +2344,8 @@ def test_an_output_that_is_no_file_is_written_in_place(saved_model, tmp_path, mo
 def test_too_little_memory_is_one_line_that_says_what_to_lower(saved_model, tmp_path, monkeypatch, capsys):
     with pytest.raises(RuntimeError) as too_large:
         torch.empty(2 ** 60)                       # more than can be addressed
-    listen(monkeypatch, [[error] for error in (MemoryError(), *[too_large.value] * 3)])
+    listen(monkeypatch, [[error] for error in (MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError(
+        "MPS backend out of memory (MPS allocated: 9.0 GB)"), too_large.value)])
     (tmp_path / "questions.jsonl").write_text('{"question": "hi"}\n')
     monkeypatch.setattr("builtins.input", unittest.mock.Mock(side_effect=["hi", "hi", EOFError]))
     argv = ["--model", saved_model]
