@@ -2235,6 +2235,7 @@ def test_a_file_of_questions_gives_what_asking_one_by_one_gives_even_if_it_is_in
     assert run() == (0, expected, len(expected) - len(part))
     whole = output.read_bytes()
     assert run() == (0, expected, 0) and output.read_bytes() == whole
+    assert output.is_symlink() == (seed % 4 == 1)  # the file that a link leads to was written
 
 
 def test_answers_of_an_earlier_run_count_only_if_nothing_that_they_depend_on_has_changed(
@@ -2321,6 +2322,7 @@ def test_an_output_that_is_no_file_is_written_in_place(saved_model, tmp_path, mo
     if kind == "pipe":
         os.mkfifo(place)
         reader = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
+        assert os.get_blocking(sample.open_in_place(place))    # a slow reader is waited for
     elif kind == "stdout":
         place = Path("/dev/stdout")
     else:                                          # copies of /dev/null and /dev/full
