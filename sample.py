@@ -75,7 +75,7 @@ def explain_out_of_memory(advice: str):
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search("(allocate|out of) memory", str(e)):
+        if not re.search("MemoryError|(allocate|out of) memory", repr(e)):
             raise
         raise InputError(f"out of memory; {advice}") from None
 
@@ -90,7 +90,7 @@ def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
     with explain_out_of_memory("choose --dtype bfloat16"):
         model = MonoInternVL.from_pretrained(folder, getattr(torch, dtype), device).eval()
     if len(tok) > model.config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
+        raise InputError(f"{folder}'s tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
     model.moe, model.cuda_graphs, model.compile_decode = flags.moe, flags.cuda_graphs, flags.compile
     return model
 
@@ -140,7 +140,7 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
             answer.append(int(token))
             print(stream.push(token), end="", flush=True)
         else:
-            cut = f"cut after {len(answer)} tokens: by --max_new_tokens, or the context is full\n"
+            cut = f"the answer was cut after {len(answer)} tokens, by --max_new_tokens or a full context\n"
     print(stream.flush(), flush=True)
     print(cut, end="", file=sys.stderr)
     if flags.stats:
@@ -293,13 +293,13 @@ def open_in_place(output: Path) -> int | None:
         return os.dup(1)
     if not output.exists() or output.is_file():
         return None
-    if not output.is_fifo():
-        return os.open(output, os.O_WRONLY)
+    fifo = output.is_fifo()                        # without O_NONBLOCK, opening it waits for a reader
     try:
-        fd = os.open(output, os.O_WRONLY | os.O_NONBLOCK)      # without it, a FIFO waits for a reader
+        fd = os.open(output, os.O_WRONLY | (os.O_NONBLOCK if fifo else 0))
     except OSError as e:
-        raise InputError(f"{output} cannot be written: {e.strerror}. Start a FIFO's reader first") from None
-    os.set_blocking(fd, True)
+        raise InputError(f"{output} cannot be written: {e.strerror}" + "; nobody reads it" * fifo) from None
+    if fifo:
+        os.set_blocking(fd, True)
     return fd
 
 
