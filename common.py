@@ -17,10 +17,10 @@ from torch import Tensor
 
 class InputError(ValueError):
     """A file, flag or tensor that a user gave does not fit. Scripts print the message: it says what to do. It
-    is one line, even if a file name or a text that it quotes is not."""
+    is one line of valid Unicode, even if a file name or a text that it quotes is not."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(" ".join(message.splitlines()).encode(errors="backslashreplace").decode())
 
 
 def read_json(path: str | Path, if_missing: str = "") -> dict:

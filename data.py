@@ -11,7 +11,6 @@ import glob
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -21,7 +20,6 @@ import sys
 import tarfile
 import threading
 import time
-import warnings
 from array import array
 from bisect import bisect_right, insort_left
 from collections.abc import Callable, Iterator, Sequence
@@ -49,12 +47,12 @@ def readable(name: str | Path) -> str:
     return name if len(name) <= 200 else f"{name[:130]}...{name[-67:]}"
 
 
-def problem(file: ImageFile, error: str) -> str:
-    """What to say of a file that could not be read: the error, unless Git LFS has not fetched the file."""
-    with suppress(OSError, TypeError, ValueError), open(file, "rb") as f:
+def unreadable(file: str | Path, error: str) -> InputError:
+    """What to raise for a file that is not what it should be. Git LFS may not have fetched it."""
+    with suppress(OSError, ValueError), open(file, "rb") as f:
         if f.read(len(LFS_POINTER)) == LFS_POINTER:
-            return "is a Git LFS pointer, not the file itself: run `git lfs pull`"
-    return error
+            error = "is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    return InputError(f"{readable(file)} {error}")
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -83,8 +81,7 @@ class Tokenizer:
             self.bytes = {i: bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("▁", " ").encode()
                           for i, p in enumerate(pieces)}
         except (RuntimeError, OSError, ValueError) as e:
-            error = problem(self.folder / "tokenizer.model", f"is not a sentencepiece model: {e}")
-            raise InputError(f"{self.folder}/tokenizer.model {error}") from None
+            raise unreadable(self.folder / "tokenizer.model", f"is not a sentencepiece model: {e}") from None
         added, config = ({} if not (self.folder / name).exists() else read_json(self.folder / name)
                          for name in ("added_tokens.json", "tokenizer_config.json"))
         self.special_tokens = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
@@ -163,7 +160,7 @@ def turns(*texts: str) -> list[dict]:
 
 def chat_parts(conversation: Sequence[dict], system: str) -> Iterator[tuple[str, str]]:
     """The internlm2-chat template [repo] in parts (role, text). The model learns the parts of role "gpt". A
-    first turn from "system" replaces `system` [as InternVL's later code does]."""
+    first turn from "system" replaces `system` [ours: as InternVL does it later]."""
     first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
     own = isinstance(first, dict) and first.get("from") == "system"
     if first is None or len(conversation) == own:
@@ -229,8 +226,6 @@ def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_PIXELS = 2 ** 28                               # a small file can unpack to more: that is refused
-# Pillow itself warns of more pixels and refuses twice as many.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = 100 * 2 ** 20      # bytes [repo: even more]
 
 
@@ -239,7 +234,7 @@ def open_image(image: ImageFile, max_pixels: int = MAX_PIXELS) -> Image.Image:
     which is missing, damaged, empty or larger than max_pixels."""
     name = getattr(image, "filename", image if isinstance(image, str | Path) else "")
     name = readable(name or "the image")
-    Image.MAX_IMAGE_PIXELS = max_pixels
+    Image.MAX_IMAGE_PIXELS = max_pixels            # Pillow itself refuses twice as many
     try:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
             if 0 < opened.width * opened.height <= max_pixels:
@@ -250,8 +245,7 @@ def open_image(image: ImageFile, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError:
         size = f"more than {2 * max_pixels}"
     except Exception as e:                         # a damaged file raises a different error in each format
-        error = f"is not a readable image: {type(e).__name__}: {readable(e)}"
-        raise InputError(f"{name} {problem(image, error)}") from None
+        raise unreadable(name, f"is not a readable image: {type(e).__name__}: {readable(e)}") from None
     raise InputError(f"{name} is {size} pixels, expected 1 to {max_pixels} in all; --max_pixels allows more")
 
 
@@ -262,23 +256,25 @@ def as_shown(image: Image.Image) -> Image.Image:
     if jpeg and (file := image.fp):                # the last bytes may be missing: decode what is there
         image.load_read = lambda size: file.read(size) or (end_mark.pop() if end_mark else b"")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values, full = np.asarray(image, np.float32), 65535
-        if image.mode in ("I", "F"):               # white is the smallest of these that holds all values
-            if not 0 <= values.min() <= values.max() <= 2 ** 32:
-                raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}")
-            scales = (255, 65535, 2 ** 32) if image.mode == "I" else (1, 255, 65535, 2 ** 32)
-            full = next(scale for scale in scales if values.max() <= scale)
+        # White is the smallest of these scales that holds all values. A TIFF in mode I;16 may have 12 bits.
+        bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]
+        scales = {"I": (255, 65535, 2 ** 32), "F": (1, 255, 65535, 2 ** 32)}.get(image.mode, (2 ** bits - 1,))
+        values = np.asarray(image, np.float32)
+        if not 0 <= values.min() <= values.max() <= scales[-1]:
+            raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}")
+        white = next(scale for scale in scales if values.max() <= scale)
         if "transparency" in image.info:
-            values = np.where(values == image.info["transparency"], full, values)
-        rgb = Image.fromarray(np.rint(values / (full / 255)).astype(np.uint8)).convert("RGB")
+            values = np.where(values == image.info["transparency"], white, values)
+        rgb = Image.fromarray(np.rint(values / (white / 255)).astype(np.uint8)).convert("RGB")
     elif image.has_transparency_data:
         rgba, rgb = image.convert("RGBA"), Image.new("RGB", image.size, "white")
         rgb.paste(rgba, mask=rgba)
     else:
         rgb = image.convert("RGB")
-    lowest = rgb.crop((0, rgb.height - rgb.height // 8, *rgb.size))
-    if jpeg and not end_mark and lowest.getcolors(1) == [(math.prod(lowest.size), (128, 128, 128))]:
-        raise OSError("more than the end is missing")      # what is missing is decoded to this grey
+    if jpeg and not end_mark:                      # what is missing is decoded to 128, or inverted to 127
+        lowest = np.asarray(image)[-max(1, image.height // 8):]
+        if np.isin(lowest, (127, 128)).all():
+            raise OSError("an eighth of the picture or more is missing")
     rgb.info.clear()                               # an EXIF block would turn the picture once more
     with suppress(Exception):                      # without EXIF, or with a damaged block, nothing is turned
         rgb.getexif()[ExifTags.Base.Orientation] = image.getexif()[ExifTags.Base.Orientation]
@@ -330,13 +326,8 @@ def load_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use
 
 # ---------------------------------------------------------------- training samples from files
 
-# What is often taken for JSONL: how it begins, and what it is.
-NOT_JSONL = {LFS_POINTER: "a Git LFS pointer, not the file itself: run `git lfs pull`",
-             rb".{0,3}\0": "UTF-16 text: save it as UTF-8",
-             rb"\s*(\[|{\s*\n)": "one JSON document: put each sample on a line of its own, as "
-                                 "`jq -c '.[]' FILE` does with an array"}
 # Fields like images, image_path, input_image_2, video or pixel_values, but not image_id or image_width.
-PICTURE_FIELD = re.compile("(image|img|picture|photo|pixel|video|frame|audio|jpe?g|png)s?"
+PICTURE_FIELD = re.compile("(image|img|picture|photo|screenshot|pixel|video|frame|audio)s?"
                            "((path|file|name|url|uri|list|data|byte|base|b|value|tensor)s?)*$")
 
 
@@ -387,12 +378,17 @@ class JsonlDataset(Dataset):
         locations, lines = [np.empty((0, 2), np.int64)], 0
         try:
             with open(self.annotation, "rb") as f:
-                beginning = f.read(1000)
-                block_start = 3 if beginning.startswith(codecs.BOM_UTF8) else 0
+                block_start = 3 if f.read(3) == codecs.BOM_UTF8 else 0
                 f.seek(block_start)
-                for pattern, what in NOT_JSONL.items():
-                    if re.match(pattern, beginning[block_start:], re.DOTALL):
-                        raise ValueError(f"it is {what}")
+                beginning = f.read(1000)
+                if beginning.startswith(LFS_POINTER):
+                    raise ValueError               # `unreadable` says so
+                if b"\0" in beginning[:4]:
+                    raise ValueError("expected UTF-8 text, and it is probably UTF-16")
+                if re.match(rb"\s*(\[|{\s*\n)", beginning):
+                    raise ValueError("expected JSONL, and it is one JSON document: put each sample on a line "
+                                     "of its own, as `jq -c '.[]' FILE` does with an array")
+                f.seek(block_start)
                 while block := f.read(self.BLOCK_SIZE) + f.readline():     # whole lines
                     self.has_images |= bool(re.search(rb'"image"\s*:\s*\[?\s*"[^"]', block))
                     characters = np.frombuffer(block, np.uint8)
@@ -403,8 +399,8 @@ class JsonlDataset(Dataset):
                     numbers = np.arange(lines + 1, lines + 1 + len(starts))
                     locations.append(np.delete(np.stack([numbers, block_start + starts], 1), blank, 0))
                     lines, block_start = lines + len(starts), block_start + len(block)
-        except (OSError, ValueError) as e:         # ValueError: a null character in the name
-            raise InputError(f"{self.name} is not readable: {getattr(e, 'strerror', e)}") from None
+        except (OSError, ValueError) as e:         # ValueError: from above, or a null character in the name
+            raise unreadable(self.annotation, f"is not readable: {getattr(e, 'strerror', e)}") from None
         return np.concatenate(locations)
 
     def __len__(self) -> int:
@@ -439,8 +435,8 @@ class JsonlDataset(Dataset):
         if not isinstance(line, dict):
             raise InputError(f"{line!r:.60} is not an object with conversations")
         for field, value in line.items():
-            could_hold_one = PICTURE_FIELD.search(re.sub("[^a-z]", "", field.lower()))
-            if could_hold_one and field != "image" and value and isinstance(value, str | list | dict):
+            may_hold_picture = PICTURE_FIELD.search(re.sub("[^a-z]", "", field.lower()))
+            if may_hold_picture and field != "image" and value and isinstance(value, str | list | dict):
                 raise InputError(f'the field {field!r:.60} is unknown; pictures belong in "image"')
         names = line.get("image") or []
         names = [names] if isinstance(names, str) else names
@@ -452,6 +448,8 @@ class JsonlDataset(Dataset):
         """The files that "image" names. A downloaded annotation must not name any beyond root. Links in root
         are the user's own and may lead anywhere."""
         for name in names:
+            if len(name) > 4096:                   # more than any file system takes
+                raise InputError(f"image {name[:40]!r}... is no file name; save base64 pictures as files")
             if Path(name).anchor or ".." in Path(name).parts:
                 raise InputError(f"image {readable(name)} leads out of the image folder {self.root}")
         return [self.root / name for name in names]
@@ -478,10 +476,8 @@ class TarDataset(JsonlDataset):
     """The same from .tar shards in WebDataset's layout: neighbouring files with one key are a sample. a.json
     is its line, other files (a.jpg, a.1.png) are its images. If a.json is missing or has no conversations,
     a.txt is a caption, learned as the answer to <image> [ours]. Images come in the order in which "image" of
-    a.json names them, else in that of their names, a.2.png before a.10.png. Files without a key (._a.jpg) or
-    an extension are no part of a sample."""
+    a.json names them, else in that of their numbers, a.2.png before a.10.png."""
 
-    FILE = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)     # the key part/7, the extension .left.png
     TEXTS = ".json", ".txt"
 
     def __init__(self, patterns: Sequence[str], *arguments, **options):
@@ -506,18 +502,13 @@ class TarDataset(JsonlDataset):
             previous, seen = None, set()           # the key of the last file; all keys and names of the shard
             try:
                 with tarfile.open(path, "r:") as tar:
-                    while member := tar.next():
-                        tar.members.clear()        # tarfile would keep all headers in memory
-                        file = self.FILE.fullmatch(member.name)
-                        if file is None or not member.isfile():
-                            continue
-                        key, extension = file.groups()
+                    for member, key, extension in sample_files(tar):
                         if (member.name in seen or key != previous and key in seen
                                 or extension.endswith(self.TEXTS) and extension not in self.TEXTS):
-                            raise InputError(
-                                f"{readable(path)}: {readable(member.name)} does not fit: the files of a "
-                                "sample stand together and are called KEY.json or KEY.txt, KEY.jpg, "
-                                "KEY.2.jpg, with no dot in KEY and another KEY for each sample")
+                            raise tarfile.ReadError(
+                                f"{readable(member.name)} does not fit: the files of a sample stand together "
+                                "and are called KEY.json or KEY.txt, KEY.jpg, KEY.2.jpg, with no dot in KEY "
+                                "and another KEY for each sample")
                         if key != previous:
                             locations.extend((number, member.offset))
                         self.has_images |= extension not in self.TEXTS
@@ -525,11 +516,8 @@ class TarDataset(JsonlDataset):
                     tar.fileobj.seek(tar.offset)   # zeros end an archive; tarfile accepts one without them
                     if tar.fileobj.read(512) != bytes(512):
                         raise tarfile.ReadError("its end is missing")
-            except InputError:
-                raise
             except (OSError, ValueError, tarfile.TarError) as e:
-                error = problem(path, f"is no complete, uncompressed .tar: {e}")
-                raise InputError(f"{readable(path)} {error}") from None
+                raise unreadable(path, f"is no complete, uncompressed .tar of samples: {e}") from None
         return np.array(locations, np.int64).reshape(-1, 2)
 
     def read(self, location: int) -> tuple[str, bytes, dict | None]:
@@ -539,12 +527,10 @@ class TarDataset(JsonlDataset):
             with open(path, "rb") as f:
                 f.seek(offset)
                 with tarfile.open(fileobj=f, mode="r:") as tar:
-                    for member in tar:
-                        if member.isfile() and (file := self.FILE.fullmatch(member.name)):
-                            if sample_key not in (None, file[1]):
-                                break
-                            sample_key = file[1]
-                            files[member.name] = tar.extractfile(member).read()
+                    for member, key, _ in sample_files(tar):
+                        if sample_key not in (None, key):
+                            break
+                        sample_key, files[member.name] = key, tar.extractfile(member).read()
             if sample_key is None:
                 raise tarfile.ReadError(f"no file begins at byte {offset}")
         except (OSError, tarfile.TarError) as e:
@@ -569,6 +555,16 @@ class TarDataset(JsonlDataset):
         elif None in found or len({*found}) < len({*names}):
             raise InputError(f"image is {names!r:.60}, but the sample has {readable(', '.join(files))}")
         return [io.BytesIO(files[file]) for file in found]
+
+
+def sample_files(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """(header, key, extension) of each file, by WebDataset's rule: that of "part/7.left.png" are "part/7" and
+    ".left.png". A file without a key or an extension belongs to no sample."""
+    while member := tar.next():
+        tar.members.clear()                        # tarfile would keep all headers in memory
+        name = re.fullmatch(r"((?:.*/)?[^./]+)(\.[^/]*)", member.name, re.DOTALL)
+        if name and member.isfile():
+            yield member, name[1], name[2]
 
 
 def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = None,

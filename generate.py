@@ -318,7 +318,7 @@ def check_options(rows, max_new_tokens, temperature, top_k, top_p, repetition_pe
             ("prefill_chunk", prefill_chunk, prefill_chunk is None or prefill_chunk >= 1,
              "None or at least 1")):
         if not fits:
-            raise InputError(f"{name} is {value}, expected {expected}")
+            raise InputError(f"{name} is {value!s:.60}, expected {expected}")
 
 
 KEPT = weakref.WeakKeyDictionary()                 # model -> {rows: (addresses of the weights, KVCache)}
@@ -409,10 +409,12 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
         numbers = token.masked_fill(bad, -1).tolist()                      # the one sync of a step
         for row, t in zip(running, numbers, strict=True):
             if t < 0 and row not in ended:
+                cache.truncate(0)                  # attention may have spread it to tokens before its origin
                 name = str(dtype).removeprefix("torch.")
+                better = "bfloat16 or float32" if name == "float16" else "float32"
                 raise InputError(f"the logits are NaN or infinite in {name}: " + (
                     "the weights are damaged; try another copy of them" if name == "float32" else
-                    "numbers overflow or the weights are damaged; try --dtype float32"))
+                    f"numbers overflow or the weights are damaged; try --dtype {better}"))
             last[row] = ends[0] if row in ended else t
         yield torch.tensor(last)
         ended |= {row for row in running if last[row] in ends}

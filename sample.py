@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
@@ -60,6 +60,7 @@ class Flags:
     repetition_penalty: float = flag(1.0, "above 1 makes tokens of the answer so far less likely")
     seed: int | None = flag(None, "makes sampling repeatable")
     max_tiles: int | None = flag(None, "most tiles of one image (None: the checkpoint's max_dynamic_patch)")
+    max_pixels: int = flag(data.MAX_PIXELS, "images with more pixels are refused")
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto is cuda, else mps, else cpu")
     dtype: str = flag("auto", "auto is float32 on a CPU, else bfloat16",
                       choices=["auto", "float32", "bfloat16", "float16"])
@@ -75,7 +76,7 @@ def explain_out_of_memory(advice: str):
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search("(allocate|out of) memory", str(e)):
+        if not re.search("MemoryError|(allocate|out of) memory", repr(e)):
             raise
         raise InputError(f"out of memory; {advice}") from None
 
@@ -90,7 +91,7 @@ def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
     with explain_out_of_memory("choose --dtype bfloat16"):
         model = MonoInternVL.from_pretrained(folder, getattr(torch, dtype), device).eval()
     if len(tok) > model.config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
+        raise InputError(f"{folder}'s tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
     model.moe, model.cuda_graphs, model.compile_decode = flags.moe, flags.cuda_graphs, flags.compile
     return model
 
@@ -140,7 +141,7 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
             answer.append(int(token))
             print(stream.push(token), end="", flush=True)
         else:
-            cut = f"cut after {len(answer)} tokens: by --max_new_tokens, or the context is full\n"
+            cut = f"the answer was cut after {len(answer)} tokens, by --max_new_tokens or a full context\n"
     print(stream.flush(), flush=True)
     print(cut, end="", file=sys.stderr)
     if flags.stats:
@@ -153,8 +154,8 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
     return answer
 
 
-def draw_boxes(image: str, answer: str, output: str):
-    """Draws what an answer grounds, <ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>, onto the image.
+def draw_boxes(picture: Image.Image, answer: str, output: str):
+    """Draws what an answer grounds, <ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>, onto the picture.
     Coordinates are thousandths of its width and height."""
     number = r"\s*(\d+(?:\.\d+)?)\s*"
     boxes = [(ref, box) for ref, text in re.findall(r"(?:<ref>([^<]*)</ref>\s*)?<box>([^<]*)</box>", answer)
@@ -162,7 +163,6 @@ def draw_boxes(image: str, answer: str, output: str):
     if not boxes:
         print("the answer names no box, nothing is drawn", file=sys.stderr)
         return
-    picture = data.open_image(image)
     draw, size = ImageDraw.Draw(picture), max(picture.size)
     for (ref, box), color in zip(boxes, itertools.cycle(["red", "lime", "cyan", "yellow"]), strict=False):
         left, right = sorted(float(x) * picture.width / 1000 for x in box[::2])
@@ -293,13 +293,13 @@ def open_in_place(output: Path) -> int | None:
         return os.dup(1)
     if not output.exists() or output.is_file():
         return None
-    if not output.is_fifo():
-        return os.open(output, os.O_WRONLY)
+    fifo = output.is_fifo()                        # without O_NONBLOCK, opening it waits for a reader
     try:
-        fd = os.open(output, os.O_WRONLY | os.O_NONBLOCK)      # without it, a FIFO waits for a reader
+        fd = os.open(output, os.O_WRONLY | (os.O_NONBLOCK if fifo else 0))
     except OSError as e:
-        raise InputError(f"{output} cannot be written: {e.strerror}. Start a FIFO's reader first") from None
-    os.set_blocking(fd, True)
+        raise InputError(f"{output} cannot be written: {e.strerror}" + "; nobody reads it" * fifo) from None
+    if fifo:
+        os.set_blocking(fd, True)
     return fd
 
 
@@ -402,10 +402,11 @@ def run(flags: Flags):
             raise InputError(f"{path} would overwrite {source}; name another --output or --draw")
     check_options(1, **generate_options(tok, flags))
     for name, value in {**vars(flags), "max_tiles": max_tiles}.items():
-        if name in ("batch_size", "max_tiles", "max_new_tokens") and value < 1:
+        if name in ("batch_size", "max_tiles", "max_new_tokens", "max_pixels") and value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
     load = partial(load_image, max_tiles=max_tiles, image_size=config.image_size,
-                   use_thumbnail=config.use_thumbnail, min_tiles=min(max_tiles, config.min_dynamic_patch))
+                   use_thumbnail=config.use_thumbnail, min_tiles=min(max_tiles, config.min_dynamic_patch),
+                   max_pixels=flags.max_pixels)
     images = [load(path) for path in flags.image]  # before the weights: a wrong name shows at once
     model = load_model(folder, tok, flags)
     if flags.input is not None:
@@ -416,7 +417,8 @@ def run(flags: Flags):
         ids, _ = encode_prompt(tok, config, turns(add_image_marks(flags.prompt, len(images))), images)
         answer = print_answer(model, tok, ids, images, flags, KVCache(config))
         if flags.draw:
-            draw_boxes(flags.image[0], tok.decode(answer, skip_special_tokens=False), flags.draw)
+            picture = data.open_image(flags.image[0], flags.max_pixels)
+            draw_boxes(picture, tok.decode(answer, skip_special_tokens=False), flags.draw)
 
 
 def main(argv: list[str] | None = None) -> int:

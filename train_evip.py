@@ -41,7 +41,16 @@ import budget
 import checkpoint
 import common
 from common import InputError, flag, full_tensor, parse_flags, rank, read_json, say, world_size
-from data import Batches, Tokenizer, batch_as_text, count_tokens, load_meta, sample_numbers, too_many_bad
+from data import (
+    MAX_PIXELS,
+    Batches,
+    Tokenizer,
+    batch_as_text,
+    count_tokens,
+    load_meta,
+    sample_numbers,
+    too_many_bad,
+)
 from evaluate import delta_verdict, plot_loss, plot_predictions, print_table, world_accuracy
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 from world import World, make_world_tokenizer
@@ -143,9 +152,10 @@ class Flags:
     weight_decay: float = flag(0.01, "AdamW's, on matrices")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     max_tokens: int | None = flag(None, "longest sample (default: as in the table, or the model's context)")
+    max_pixels: int = flag(MAX_PIXELS, "images with more pixels are refused")
     max_bad: float = flag(0.01, "fraction of the samples that may be unreadable before training stops")
     seed: int = flag(0, "of weights, samples and their order")
-    device: str = flag("auto", "cpu, cuda, ...; auto is cuda if there is one")
+    device: str = flag("auto", "cpu, cuda, ...; auto is cuda, else mps, else cpu")
     dtype: str = flag("auto", "of the forward pass and of frozen weights; auto: bfloat16 if the GPU has it",
                       choices=["auto", "float32", "bfloat16"])
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
@@ -663,7 +673,7 @@ def check_flags(flags: Flags) -> list[Stage]:
     if not flags.data and flags.preset != "tiny" and not flags.dry_run:
         raise InputError(f"--preset {flags.preset} learns from your own data: name it with --data")
     for name in ("batch_size", "grad_accum", "pool", "steps", "max_tokens", "save_every", "keep",
-                 "eval_questions"):
+                 "max_pixels", "eval_questions"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise InputError(f"--{name} is {getattr(flags, name)}, out of range")
     if not 0 <= flags.max_bad <= 1 or flags.workers < 0 or not 0 <= flags.seed < 2 ** 63:
@@ -675,7 +685,7 @@ def check_flags(flags: Flags) -> list[Stage]:
 def choose_device(flags: Flags):
     """Replaces auto. torchrun numbers the processes of a machine, and each takes its GPU."""
     if flags.device == "auto":
-        flags.device = "cuda" if torch.cuda.is_available() else "cpu"
+        flags.device = common.auto_device()
     if flags.device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
@@ -692,7 +702,7 @@ def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: F
     if not flags.data:
         return World(stage.name, tok, config, stage.max_tiles, flags.seed), stage
     limit = token_limit(config, stage, flags)
-    dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed)
+    dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed, flags.max_pixels)
     if stage.trainable.startswith("visual") and not dataset.has_images:
         raise InputError(f"{stage.name} learns to see, but no sample of {flags.data} has an image; for "
                          "text alone, choose --stages S2")
