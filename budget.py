@@ -111,8 +111,8 @@ def memory_plan(shapes: dict[str, tuple], trained: set[str], c, *, rows: int, to
     if recompute:
         layers = c.num_hidden_layers * tokens * itemsize * D + layer
     pixels = c.shuffle ** 2 * (4 * c.num_channels * c.patch_size ** 2 + 6 * itemsize * c.vision_hidden_size)
-    logits = (itemsize + 8) * c.vocab_size * max(tokens - visual, tokens // 8)
-    return plan | {"activations": rows * (layers + visual * pixels + logits)}
+    logits = min(2 ** 26, rows * c.vocab_size * max(tokens - visual, tokens // 8))     # made in pieces
+    return plan | {"activations": rows * (layers + visual * pixels) + (itemsize + 8) * logits}
 
 
 def sample_flop(shapes: dict[str, tuple], trained: set[str], c, tokens: int, max_tiles: int) -> float:

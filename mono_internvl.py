@@ -515,6 +515,7 @@ class MonoInternVL(nn.Module):
     """Vision embedding + pixel shuffle + mlp1 -> visual tokens, which join the text tokens in one decoder."""
 
     generate, generate_naively = generate, generate_naively     # of generate.py
+    LOGITS = 2 ** 26                               # that training makes at a time: 256 MB in float32
 
     def __init__(self, config: MonoInternVLConfig):
         super().__init__()
@@ -565,7 +566,7 @@ class MonoInternVL(nn.Module):
         input_ids (B, T) int64; pixel_values (n_tiles, 3, S, S), the tiles of all rows in reading order;
         attention_mask (B, T), 1 = real token; labels (B, T) int64, -100 = ignored, shifted inside.
         Without labels: logits (B, T, V), None. With labels: None, the mean cross-entropy over the supervised
-        tokens; the head runs on their positions only (V is 92553: logits of a long prompt fill gigabytes).
+        tokens; the head runs on their positions only.
         reduction "none": their losses one by one, (supervised,), in reading order.
         document_ids (B, T) int64: several samples are packed in a row, one after the other, as 1, 2, ...; 0 =
         pad. A sample's logits, loss and positions are as if it were alone.
@@ -586,8 +587,20 @@ class MonoInternVL(nn.Module):
             return None, hidden.sum() * 0  # a mean over nothing, gradient zero
         targets = shifted(labels, document_ids).flatten()
         places = torch.nonzero_static(targets != -100, size=sizes["supervised"]).squeeze(1)
-        logits = self.language_model.output(hidden.flatten(0, 1).index_select(0, places))  # (supervised, V)
-        return None, F.cross_entropy(logits.float(), targets[places], reduction=reduction)
+        losses = self.token_losses(hidden.flatten(0, 1).index_select(0, places), targets[places])
+        return None, losses if reduction == "none" else losses.mean()
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """(n, D), (n,) -> cross-entropy (n,). The logits of many tokens fill gigabytes. Then they are made in
+        pieces of 256 MB, and once more for the gradients."""
+        def of_piece(hidden, targets):
+            return F.cross_entropy(self.language_model.output(hidden).float(), targets, reduction="none")
+
+        rows = max(1, self.LOGITS // self.config.vocab_size)
+        if len(hidden) <= rows:
+            return of_piece(hidden, targets)
+        return torch.cat([recomputed(of_piece, *piece, use_reentrant=False, preserve_rng_state=False)
+                          for piece in zip(hidden.split(rows), targets.split(rows), strict=True)])
 
     def check_inputs(self, input_ids, pixel_values, attention_mask, labels=None, document_ids=None) -> dict:
         """Raises InputError for inputs that do not fit forward; of pixel_values, only shape and dtype matter.

@@ -575,6 +575,20 @@ def test_training_makes_no_tensor_as_large_as_a_mask_and_never_waits_for_the_dev
     assert 0 < largest.elements < 600 ** 2 / 4
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_in_pieces_give_the_loss_and_gradients_of_all_at_once(reduction, monkeypatch):
+    model, (ids, pixels, mask) = tiny(vocab_size=1000).double(), batch_of([[False, True] * 20, [False] * 30])
+    results, largest = [], Largest()
+    for at_a_time in (10 ** 6, 7000):              # all, and 7 tokens
+        monkeypatch.setattr(MonoInternVL, "LOGITS", at_a_time)
+        with largest if at_a_time == 7000 else contextlib.nullcontext():
+            loss = model(ids, pixels.double(), mask, ids, reduction=reduction)[1]
+            results.append([loss, *gradients(model, loss.sum()).values()])
+    for pieces, whole in zip(*results, strict=True):
+        assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+    assert largest.elements == 1000 * 32           # the head's own weights and their gradient
+
+
 @settings(max_examples=25)
 @given(visual_rows(), st.sampled_from(["left", "right"]), st.randoms(use_true_random=False))
 def test_the_loss_is_the_mean_over_supervised_tokens_and_the_head_sees_no_other_position(rows, side, random):
@@ -3795,7 +3809,7 @@ def test_layers_run_twice_where_a_gpu_lacks_the_memory_to_keep_their_results(mon
     kept, twice = (sum(train_evip.memory_plan(model, stage, replace(flags, recompute=r), 1).values())
                    for r in ("off", "on"))
     assert twice < kept
-    for memory, expected in ((1.2 * kept, False), (1.05 * kept, True), (twice, True)):
+    for memory, expected in ((1.3 * kept, False), (1.2 * kept, True), (twice, True)):
         monkeypatch.setattr(budget, "gpu_memory", lambda device, memory=memory: memory)
         assert train_evip.recomputes(model, stage, flags, 1) == expected
         assert train_evip.recomputes(model, stage, replace(flags, recompute="on"), 1)
