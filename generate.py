@@ -325,9 +325,9 @@ KEPT_BYTES = 2 ** 30
 
 @contextlib.contextmanager
 def kept_cache(model, rows: int) -> Iterator[KVCache]:
-    """A cache for a call of `generate` that brings none. If it has CUDA graphs and is not large, the next such
-    call with as many rows gets it: a graph takes longer to capture than dozens of tokens to decode. Nothing
-    in it counts any more, because training may have changed the weights where they are."""
+    """A cache for a call of `generate` that brings none. If it has CUDA graphs and is not large, the next
+    such call with as many rows gets it, because a graph takes as long to capture as dozens of tokens to
+    decode. Its content is forgotten: training may have changed the weights."""
     weights, kept = [p.data_ptr() for p in model.parameters()], KEPT.setdefault(model, {})
     captured_with, cache = kept.pop(rows, (None, None))        # two calls at a time never share one
     if captured_with != weights:

@@ -370,8 +370,11 @@ def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Ten
 # ---------------------------------------------------------------- the decoder: InternLM2 with visual experts
 
 def attend_in_two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √hd) v under a mask (bool, or 0 and -inf). q (B, KV, n, hd), k and v (B, KV, columns, hd)."""
-    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5                      # (B, KV, n, columns)
+    """softmax(q kᵀ / √hd) v under a mask (bool, or 0 and -inf), q (B, KV, n, hd), k and v (B, KV, columns, hd).
+    Scores stay float32: rounded to bfloat16, they would make the result six times less exact."""
+    float32 = {"out_dtype": torch.float32} if q.dtype.itemsize == 2 else {}
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, **float32).unflatten(0, q.shape[:2])
+    scores = scores * q.shape[-1] ** -0.5                                  # (B, KV, n, columns)
     if mask is not None:
         scores = scores.where(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).to(v.dtype) @ v
@@ -384,13 +387,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     q, k, packed = q.to(v.dtype), k.to(v.dtype), isinstance(mask, tuple)   # RoPE is float32 under autocast
     if T == 1 and not packed:
         # The query heads of a group see the same keys, like several tokens of one head. So none is repeated.
-        # On a GPU, fused kernels read the columns of a head one after the other: 3584 of them take an H200
-        # 135 µs, and two products with a softmax between them 17. On a CPU, the fused kernel is faster.
-        kernel = attend_in_two_products if q.is_cuda else F.scaled_dot_product_attention
+        # A GPU's fused kernels read the columns of a head one after the other: 3584 of them take an H200 135
+        # µs, and two products 17 µs (in 16 bits, these have no gradients). On a CPU, the fused kernel wins.
+        products = q.is_cuda and not torch.is_grad_enabled()
+        kernel = attend_in_two_products if products else F.scaled_dot_product_attention
         return kernel(q.squeeze(3), k, v, mask).reshape(B, 1, -1)
     q = q.flatten(1, 2)                            # (B, H, T, hd)
-    # Only flash attention reads shared keys and values as they are. It takes no mask, and 16 bits only: not
-    # float16, which is the dtype of GPUs that lack flash attention (before sm_80).
+    # Only flash attention reads shared keys and values as they are. It takes no mask, and bfloat16, or float16,
+    # which is the dtype of GPUs that lack flash attention (before sm_80).
     gqa = "enable_gqa" in VARLEN if packed else mask is None and q.is_cuda and q.dtype == torch.bfloat16
     k, v = (k, v) if gqa else (t.repeat_interleave(group, 1) for t in (k, v))
     if packed:
@@ -591,8 +595,8 @@ class MonoInternVL(nn.Module):
 
     def check_inputs(self, input_ids, pixel_values, attention_mask, labels=None, document_ids=None) -> dict:
         """Raises InputError for inputs that do not fit forward; of pixel_values, only shape and dtype matter.
-        Returns what the host must know, with one sync on a GPU: "text" and "visual", the tokens of each expert;
-        "gaps", pads that have a token on their right; "supervised", tokens that the loss is a mean over;
+        Returns what the host must know, with one sync on a GPU: "text" and "visual", the tokens of each
+        expert; "gaps", pads with a token on their right; "supervised", tokens that the loss is a mean over;
         "samples", the packed ones and the runs of pads; "longest", the most tokens of one."""
         c, shape = self.config, tuple(input_ids.shape)
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
