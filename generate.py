@@ -211,21 +211,22 @@ def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mas
     """Reads the prompt into the cache, `chunk` tokens at a time, except for the prefix that is cached
     already. Returns the logits (B, V) of the next token: the head runs on the last position only. If
     input_ids and attention_mask are on the CPU, nothing here waits for a GPU."""
-    T, device, image_token = input_ids.shape[1], kv_cache.keys.device, model.config.img_context_token_id
+    T, device = input_ids.shape[1], kv_cache.keys.device
     past, tiles = kv_cache.common_prefix(input_ids, pixel_values, attention_mask)
     kv_cache.truncate(past)
     kv_cache.reused = past
     ids, mask, pixels = (None if t is None else t.to(device, non_blocking=True) for t in (
         input_ids, attention_mask, None if pixel_values is None else pixel_values[tiles:]))
     x, lengths = model.embed(ids[:, past:], pixels), T if mask is None else mask.sum(1)
+    visual = input_ids == (-1 if pixels is None else model.config.img_context_token_id)
+    real = torch.ones_like(visual) if mask is None else attention_mask.bool()
     for start in range(past, T, chunk):
         part = slice(start, start + chunk)
-        visual = input_ids[:, part] == (-1 if pixels is None else image_token)
-        real = torch.ones_like(visual) if mask is None else attention_mask[:, part].bool()
+        sizes = [int((real & expert)[:, part].sum()) for expert in (~visual, visual)]
         part_mask = None if mask is None else mask[:, part]
-        routing = model.route(ids[:, part], part_mask, bool(visual.any()))
+        routing = model.route(ids[:, part], part_mask, sizes[1] > 0)
         if routing is not None:
-            routing.sizes = int((real & ~visual).sum()), int((real & visual).sum())
+            routing.sizes = sizes
         hidden = model.language_model(x[:, start - past:start - past + chunk], routing, part_mask, kv_cache,
                                       lengths)
     if len(input_ids) == 1:
@@ -351,8 +352,8 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     """Yields the next token of each row, (B,) int64 on the CPU, until all rows end or the context is full.
 
     input_ids (B, T), pixel_values (n_tiles, 3, S, S), attention_mask (B, T): as in MonoInternVL.forward, with
-    the pads on the left, so that all rows end in the same column. They may be on any device. The first token
-    comes with one sync with a GPU, like all others, if input_ids and attention_mask are on the CPU.
+    the pads on the left, so that all rows end in the same column. On any device; with input_ids and
+    attention_mask on the CPU, even the first token costs but one sync with a GPU.
     temperature: 0 is greedy. repetition_penalty: counts generated tokens only [repo: it sees no prompt ids].
     eos_token_id: the token, or the tokens, that end a row. An ended row yields it, or the first of them, from
     then on. None: no row ends.
@@ -360,8 +361,7 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     seed s + i; a list has one seed for each row.
     prefill_chunk: tokens of the prompt that are read at a time, to bound memory.
     kv_cache: the cache of earlier calls. Its memory is used again. If the prompt (of one row) begins like the
-    cached one, only the rest is read. That changes no answer, except for roundings in 16 bits. None: a new
-    one, or one whose content is forgotten (see kept_cache).
+    cached one, only the rest is read. That changes no answer, except for roundings in 16 bits.
     num_tokens: the tokenizer's size. Later ids, with which some models pad their vocabulary, have no text.
     They are never generated, nor is <IMG_CONTEXT>, which means nothing without a tile.
     Raises InputError for inputs and options that do not fit, and when logits are NaN.
