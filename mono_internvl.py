@@ -572,6 +572,10 @@ class MonoInternVL(nn.Module):
         Raises InputError for inputs that do not fit: shapes, ids, tiles per <IMG_CONTEXT>, context length.
         """
         sizes = sizes or self.check_inputs(input_ids, pixel_values, attention_mask, labels, document_ids)
+        length = sizes.get("longest_real", input_ids.shape[1])
+        if length > self.config.context_length:
+            raise InputError(f"{length} tokens do not fit the context of {self.config.context_length}; "
+                             "shorten the text or use fewer tiles")
         routing = self.route(input_ids, attention_mask, pixel_values is not None)
         if routing is not None:
             routing.sizes = sizes["text"], sizes["visual"]
@@ -617,10 +621,6 @@ class MonoInternVL(nn.Module):
                              f"{c.vocab_size} tokens; is this its tokenizer?")
         if sizes.get("label", -100) >= c.vocab_size:
             raise InputError(f"labels reaches {sizes['label']}, expected ids below {c.vocab_size}, or -100")
-        length = sizes.get("longest_real", shape[1])
-        if length > c.context_length:
-            raise InputError(f"{length} tokens do not fit the context of {c.context_length}; "
-                             "shorten the text or use fewer tiles")
         if pixel_values is None and sizes["placeholders"]:
             raise InputError("input_ids holds <IMG_CONTEXT> tokens, but there are no pixel_values")
         if pixel_values is None:
