@@ -63,7 +63,7 @@ class StepBuffers:
     def __init__(self, rows: int, device: torch.device):
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)       # where its key and value go
-        self.graphs = {}                           # (function, rows, visible) -> (CUDA graph, its logits)
+        self.graphs = {}                           # (function, shapes) -> CUDA graph, its logits, its inputs
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None   # the graphs' memory
 
 
@@ -203,7 +203,75 @@ def sample_token(logits: Tensor, generated: Tensor, temperature: float, top_k: i
     return (logits.softmax(-1) / noise).argmax(-1)
 
 
+# ---------------------------------------------------------------- CUDA graphs
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures, because libraries keep a workspace for every stream that they meet."""
+    return torch.cuda.Stream(device)
+
+
+def capture(function, inputs: tuple, pool) -> tuple:
+    """Captures function(*inputs) as a CUDA graph. Returns the graph, its result, a tensor that every replay
+    overwrites, and the inputs. Graphs that never run at the same time may share a memory pool."""
+    with torch.cuda.device(inputs[1].device):
+        side = capture_stream(inputs[1].device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function(*inputs)                      # libraries choose their kernels before the capture
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side):
+            result = function(*inputs)
+    return graph, result, inputs
+
+
 # ---------------------------------------------------------------- reading the prompt
+
+LONGEST_CAPTURED = 1088                            # tokens of a prompt that is read by a CUDA graph
+
+
+def read_prompt(model, input_ids: Tensor, pixel_values: Tensor | None, length: Tensor,
+                kv_cache: KVCache) -> Tensor:
+    """input_ids (B, L), whose first `length` (1,) columns are the prompt -> logits (B, V) of the next token.
+    The length is read on the device, so one CUDA graph serves all prompts of up to L tokens."""
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    kv_cache.new_slots, kv_cache.visible, routing = columns, len(columns), None
+    if pixel_values is not None:                   # pads go to no expert; without tiles, they count as text
+        routing = model.route(input_ids, (columns < length).expand_as(input_ids), True)
+    x = model.language_model.run_layers(model.embed(input_ids, pixel_values), columns[None], length, None,
+                                        routing, kv_cache)
+    return model.language_model.output(x.index_select(1, length - 1)[:, 0]).float()
+
+
+def replay_prompt(model, ids: Tensor, pixels: Tensor | None, kv_cache: KVCache) -> Tensor | None:
+    """read_prompt as a CUDA graph: a GPU reads a short prompt faster than the host launches the kernels one
+    by one. None if that cannot be, or if it is the cache's first prompt of this size, because a capture
+    takes longer than a prompt."""
+    (B, T), buffers, step = ids.shape, kv_cache.step_buffers, min(64, kv_cache.block_size)
+    L = -(-T // step) * step                       # few lengths, so few graphs
+    key = read_prompt, B, L, None if pixels is None else pixels.shape
+    if not model.cuda_graphs or buffers.pool is None or T > LONGEST_CAPTURED:
+        return None
+    if pixels is not None and getattr(model.route(ids, None, True), "backend", "cuda") != "cuda":
+        return None                                # other back ends ask the device how many tokens are visual
+    if key not in buffers.graphs:
+        buffers.graphs[key] = None
+        return None
+    no_picture = int(model.config.img_context_token_id == 0)
+    inputs = F.pad(ids, (0, L - T), value=no_picture), pixels, torch.full((1,), T, device=ids.device)
+    if buffers.graphs[key] is None:
+        kept = [None if t is None else t.clone() for t in inputs]
+        buffers.graphs[key] = capture(read_prompt, (model, *kept, kv_cache), buffers.pool)
+    graph, logits, (_, *kept, _) = buffers.graphs[key]
+    for old, new in zip(kept, inputs, strict=True):
+        if new is not None:
+            old.copy_(new)
+    graph.replay()
+    kv_cache.extend(B, T, None)
+    kv_cache.length, kv_cache.visible = T, L
+    return logits
+
 
 @torch.inference_mode()
 def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Tensor | None,
@@ -211,29 +279,33 @@ def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mas
     """Reads the prompt into the cache, `chunk` tokens at a time, except for the prefix that is cached
     already. Returns the logits (B, V) of the next token: the head runs on the last position only. If
     input_ids and attention_mask are on the CPU, nothing here waits for a GPU."""
-    T, device = input_ids.shape[1], kv_cache.keys.device
+    T, device, logits = input_ids.shape[1], kv_cache.keys.device, None
     past, tiles = kv_cache.common_prefix(input_ids, pixel_values, attention_mask)
     kv_cache.truncate(past)
     kv_cache.reused = past
     ids, mask, pixels = (None if t is None else t.to(device, non_blocking=True) for t in (
         input_ids, attention_mask, None if pixel_values is None else pixel_values[tiles:]))
-    x, lengths = model.embed(ids[:, past:], pixels), T if mask is None else mask.sum(1)
-    visual = input_ids == (-1 if pixels is None else model.config.img_context_token_id)
-    real = torch.ones_like(visual) if mask is None else attention_mask.bool()
-    for start in range(past, T, chunk):
-        part = slice(start, start + chunk)
-        sizes = [int((real & expert)[:, part].sum()) for expert in (~visual, visual)]
-        part_mask = None if mask is None else mask[:, part]
-        routing = model.route(ids[:, part], part_mask, sizes[1] > 0)
-        if routing is not None:
-            routing.sizes = sizes
-        hidden = model.language_model(x[:, start - past:start - past + chunk], routing, part_mask, kv_cache,
-                                      lengths)
+    if past == 0 and chunk >= T and mask is None:
+        logits = replay_prompt(model, ids, pixels, kv_cache)
+    if logits is None:
+        x, lengths = model.embed(ids[:, past:], pixels), T if mask is None else mask.sum(1)
+        visual = input_ids == (-1 if pixels is None else model.config.img_context_token_id)
+        real = torch.ones_like(visual) if mask is None else attention_mask.bool()
+        for start in range(past, T, chunk):
+            part = slice(start, start + chunk)
+            sizes = [int((real & expert)[:, part].sum()) for expert in (~visual, visual)]
+            part_mask = None if mask is None else mask[:, part]
+            routing = model.route(ids[:, part], part_mask, sizes[1] > 0)
+            if routing is not None:
+                routing.sizes = sizes
+            hidden = model.language_model(x[:, start - past:start - past + chunk], routing, part_mask,
+                                          kv_cache, lengths)
+        logits = model.language_model.output(hidden[:, -1]).float()
     if len(input_ids) == 1:
         kv_cache.input_ids = input_ids[0].tolist()
         # A copy, because the caller may fill the same tensor with the next picture.
         kv_cache.tiles = None if pixel_values is None else pixel_values.clone()
-    return model.language_model.output(hidden[:, -1]).float()
+    return logits
 
 
 # ---------------------------------------------------------------- one decoding step
@@ -257,27 +329,6 @@ def compiled(function):
     return torch.compile(function, fullgraph=True)
 
 
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures, because libraries keep a workspace for every stream that they meet."""
-    return torch.cuda.Stream(device)
-
-
-def capture(function, inputs: tuple, pool) -> tuple:
-    """Captures function(*inputs) as a CUDA graph. Returns the graph and its result, a tensor that every
-    replay overwrites. Graphs that never run at the same time may share a memory pool."""
-    with torch.cuda.device(inputs[1].device):
-        side = capture_stream(inputs[1].device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            function(*inputs)                      # libraries choose their kernels before the capture
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=side):
-            result = function(*inputs)
-    return graph, result
-
-
 @torch.inference_mode()
 def decode(model, token: Tensor, kv_cache: KVCache) -> Tensor:
     """token (B,) on the device -> logits (B, V) of the next, without a device→host sync. On a GPU the step is
@@ -293,7 +344,7 @@ def decode(model, token: Tensor, kv_cache: KVCache) -> Tensor:
         key = step, B, kv_cache.visible
         if key not in buffers.graphs:
             buffers.graphs[key] = capture(step, inputs, buffers.pool)
-        graph, logits = buffers.graphs[key]
+        graph, logits, _ = buffers.graphs[key]
         graph.replay()
     else:
         logits = step(*inputs)

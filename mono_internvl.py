@@ -391,17 +391,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     # Only flash attention reads shared keys and values as they are. It takes no mask, and 16 bits. float16 is
     # left out, because older GPUs are used with it, which have no flash attention.
     gqa = "enable_gqa" in VARLEN if packed else mask is None and q.is_cuda and q.dtype == torch.bfloat16
+    options = {"enable_gqa": True} if gqa else {}
     k, v = (k, v) if gqa else (t.repeat_interleave(group, 1) for t in (k, v))
     if packed:
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))     # (B · T, heads, hd)
-        (begins, longest), options = mask, {"enable_gqa": True} if gqa else {}
+        begins, longest = mask
         y = varlen_attn(q, k, v, begins, begins, longest, longest, window_size=(-1, 0), **options)    # causal
         return y.reshape(B, T, -1)
     # Any fused kernel except cuDNN's. That one, the first choice on Hopper since torch 2.11, makes a plan for
     # every new length of a prompt, and its gradients under a mask can be NaN (pytorch issue 196678).
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels) if q.is_cuda else contextlib.nullcontext():
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
