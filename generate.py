@@ -57,16 +57,6 @@ write_slots_compiled = torch.library.custom_op("mono_internvl::write_slots", wri
                                                mutates_args=("keys", "values"))
 
 
-class StepBuffers:
-    """What a decoding step reads on the device. A CUDA graph reads the same addresses at every replay."""
-
-    def __init__(self, rows: int, device: torch.device):
-        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)       # where its key and value go
-        self.graphs = {}                           # (function, shapes) -> CUDA graph, its logits, its inputs
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None   # the graphs' memory
-
-
 class KVCache:
     """Keys and values of the tokens read so far. It grows on demand and may serve many calls of `generate` of
     one model with unchanged weights: what a prompt has in common with the cached one is not read again.
@@ -88,7 +78,7 @@ class KVCache:
         self.padded = False                        # does any row hold a pad?
         self.input_ids, self.tiles = [], None      # the tokens and tiles in the slots, if there is one row
         self.reused = 0                            # tokens of the last prompt that were in the cache already
-        self.step_buffers = None                   # what a decoding step reads on the device
+        self.graphs, self.pool = {}, None          # CUDA graphs that use this memory (see replay), and theirs
 
     @property
     def block_size(self) -> int:
@@ -111,7 +101,8 @@ class KVCache:
         more = (0, 0, 0, slots - old_slots, 0, 0, 0, rows - old_rows)
         self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
         self.real = F.pad(self.real, (0, slots - old_slots, 0, rows - old_rows))
-        self.step_buffers = StepBuffers(rows, device)
+        self.graphs = {}                           # they know the old addresses
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def truncate(self, length: int) -> None:
         """Forgets all slots from `length` on, also those that an interrupted step wrote."""
@@ -212,8 +203,8 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def capture(function, inputs: tuple, pool) -> tuple:
-    """Captures function(*inputs) as a CUDA graph. Returns the graph, its result, a tensor that every replay
-    overwrites, and the inputs. Graphs that never run at the same time may share a memory pool."""
+    """Captures function(*inputs) as a CUDA graph. Returns the graph and its result, a tensor that every
+    replay overwrites. Graphs that never run at the same time may share a memory pool."""
     with torch.cuda.device(inputs[1].device):
         side = capture_stream(inputs[1].device)
         side.wait_stream(torch.cuda.current_stream())
@@ -223,7 +214,23 @@ def capture(function, inputs: tuple, pool) -> tuple:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=side):
             result = function(*inputs)
-    return graph, result, inputs
+    return graph, result
+
+
+def replay(function, inputs: tuple, sizes: tuple, kv_cache: KVCache) -> Tensor:
+    """function(*inputs) as a CUDA graph: one launch in place of hundreds. sizes: what its shapes depend on. The
+    next call may overwrite the result. A graph reads the same addresses at every replay, so the tensors among
+    inputs are copied to those that it was captured with."""
+    key = function, *sizes
+    if kv_cache.graphs.get(key) is None:
+        own = tuple(t.clone() if isinstance(t, Tensor) else t for t in inputs)
+        kv_cache.graphs[key] = *capture(function, own, kv_cache.pool), own
+    graph, result, own = kv_cache.graphs[key]
+    for old, new in zip(own, inputs, strict=True):
+        if isinstance(new, Tensor):
+            old.copy_(new)
+    graph.replay()
+    return result
 
 
 # ---------------------------------------------------------------- reading the prompt
@@ -248,26 +255,19 @@ def replay_prompt(model, ids: Tensor, pixels: Tensor | None, kv_cache: KVCache) 
     """read_prompt as a CUDA graph: a GPU reads a short prompt faster than the host launches the kernels one
     by one. None if that cannot be, or if it is the cache's first prompt of this size, because a capture
     takes longer than a prompt."""
-    (B, T), buffers, step = ids.shape, kv_cache.step_buffers, min(64, kv_cache.block_size)
+    (B, T), step = ids.shape, min(64, kv_cache.block_size)
     L = -(-T // step) * step                       # few lengths, so few graphs
-    key = read_prompt, B, L, None if pixels is None else pixels.shape
-    if not model.cuda_graphs or buffers.pool is None or T > LONGEST_CAPTURED:
+    sizes = B, L, None if pixels is None else pixels.shape
+    if not model.cuda_graphs or kv_cache.pool is None or T > LONGEST_CAPTURED:
         return None
     if pixels is not None and getattr(model.route(ids, None, True), "backend", "cuda") != "cuda":
         return None                                # other back ends ask the device how many tokens are visual
-    if key not in buffers.graphs:
-        buffers.graphs[key] = None
+    if (read_prompt, *sizes) not in kv_cache.graphs:
+        kv_cache.graphs[read_prompt, *sizes] = None
         return None
     no_picture = int(model.config.img_context_token_id == 0)
-    inputs = F.pad(ids, (0, L - T), value=no_picture), pixels, torch.full((1,), T, device=ids.device)
-    if buffers.graphs[key] is None:
-        kept = [None if t is None else t.clone() for t in inputs]
-        buffers.graphs[key] = capture(read_prompt, (model, *kept, kv_cache), buffers.pool)
-    graph, logits, (_, *kept, _) = buffers.graphs[key]
-    for old, new in zip(kept, inputs, strict=True):
-        if new is not None:
-            old.copy_(new)
-    graph.replay()
+    padded, length = F.pad(ids, (0, L - T), value=no_picture), torch.full((1,), T, device=ids.device)
+    logits = replay(read_prompt, (model, padded, pixels, length, kv_cache), sizes, kv_cache)
     kv_cache.extend(B, T, None)
     kv_cache.length, kv_cache.visible = T, L
     return logits
@@ -310,11 +310,11 @@ def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mas
 
 # ---------------------------------------------------------------- one decoding step
 
-def decode_step(model, token: Tensor, kv_cache: KVCache) -> Tensor:
-    """token (B, 1) -> logits (B, V) of the next. A generated token is text, so there is no routing. Slot and
-    position are read on the device, and all shapes depend on `visible` alone: a CUDA graph can replay it."""
-    language_model = model.language_model
-    kv_cache.real[:len(token)].index_fill_(1, kv_cache.step_buffers.slot, True)
+def decode_step(model, token: Tensor, slot: Tensor, kv_cache: KVCache) -> Tensor:
+    """token (B, 1) -> logits (B, V) of the next. slot (1,): where its key and value go. A generated token is
+    text, so there is no routing. All shapes depend on `visible` alone: a CUDA graph can replay it."""
+    language_model, kv_cache.new_slots = model.language_model, slot
+    kv_cache.real[:len(token)].index_fill_(1, slot, True)
     real = kv_cache.real[:len(token), :kv_cache.visible]                   # (B, visible)
     lengths, x = real.sum(1), language_model.model.tok_embeddings(token)
     mask = real.to(x.dtype).log()[:, None, None]                           # 0 or -inf, once for all layers
@@ -331,21 +331,13 @@ def compiled(function):
 
 @torch.inference_mode()
 def decode(model, token: Tensor, kv_cache: KVCache) -> Tensor:
-    """token (B,) on the device -> logits (B, V) of the next, without a device→host sync. On a GPU the step is
-    a CUDA graph: one launch in place of hundreds. The next call may overwrite these logits."""
-    B, buffers = len(token), kv_cache.step_buffers
-    buffers.token[:B, 0] = token
-    buffers.slot.fill_(kv_cache.length)
-    kv_cache.new_slots = buffers.slot
+    """token (B,) on the device -> logits (B, V) of the next, without a device→host sync. The next call may
+    overwrite these logits."""
     kv_cache.visible = (kv_cache.length // kv_cache.block_size + 1) * kv_cache.block_size
     step = compiled(decode_step) if model.compile_decode else decode_step
-    inputs = model, buffers.token[:B], kv_cache
-    if model.cuda_graphs and buffers.pool is not None:
-        key = step, B, kv_cache.visible
-        if key not in buffers.graphs:
-            buffers.graphs[key] = capture(step, inputs, buffers.pool)
-        graph, logits, _ = buffers.graphs[key]
-        graph.replay()
+    inputs = model, token[:, None], torch.full((1,), kv_cache.length, device=token.device), kv_cache
+    if model.cuda_graphs and kv_cache.pool is not None:
+        logits = replay(step, inputs, (len(token), kv_cache.visible), kv_cache)
     else:
         logits = step(*inputs)
     kv_cache.length += 1
@@ -389,7 +381,7 @@ def kept_cache(model, rows: int) -> Iterator[KVCache]:
     try:
         yield cache
     finally:
-        if cache.step_buffers and cache.step_buffers.graphs and 2 * cache.keys.nbytes <= KEPT_BYTES:
+        if cache.graphs and 2 * cache.keys.nbytes <= KEPT_BYTES:
             kept[rows] = weights, cache
 
 
@@ -469,7 +461,7 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
         if count == max_new_tokens or not survivors:
             return
         # Ended rows leave the batch. Where every batch size needs a CUDA graph, they leave by halves only.
-        any_size = cache.step_buffers.pool is None or not model.cuda_graphs
+        any_size = cache.pool is None or not model.cuda_graphs
         if len(survivors) < len(running) and (any_size or len(survivors) <= len(running) // 2):
             order = cache.keep_rows(survivors)
             running, token, generated = [running[i] for i in order], token[order], generated[order]

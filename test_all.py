@@ -798,11 +798,11 @@ def traced_steps(monkeypatch):
             def replay(self):
                 replays.append(len(result))
                 result.copy_(traced())
-        return Graph(), result, inputs
+        return Graph(), result
 
     def reserve(self, *args, plain=KVCache.reserve):
         plain(self, *args)
-        self.step_buffers.pool = "what a CPU has none of"
+        self.pool = "what a CPU has none of"
     monkeypatch.setattr(KVCache, "BLOCK_SIZES", {"cpu": 8})
     monkeypatch.setattr(KVCache, "reserve", reserve)
     monkeypatch.setattr(generate, "capture", capture)
@@ -821,7 +821,7 @@ def test_a_captured_step_serves_every_later_token_of_its_block(traced_steps):
         assert stream(model, ids, pixels, mask, max_new_tokens=20, kv_cache=cache) == free
         assert stream(model, ids, pixels, mask, max_new_tokens=20, kv_cache=cache, eos_token_id=ends) == ended
     assert {4, 1} <= set(replays) <= {4, 2, 1}     # each size takes a capture: rows leave by halves
-    assert len(cache.step_buffers.graphs) == len(captures) < len(replays) / 5
+    assert len(cache.graphs) == len(captures) < len(replays) / 5
 
 
 @pytest.mark.parametrize("rope", ["none", "dynamic"])
@@ -902,7 +902,7 @@ def test_graphs_give_the_same_tokens_and_neither_prompt_nor_step_waits_for_the_h
     plain = stream(model, *prompt, max_new_tokens=60)
     model.cuda_graphs, model.compile_decode, cache = True, compile_decode, KVCache(model.config)
     captured = stream(model, *prompt, max_new_tokens=60, kv_cache=cache)
-    assert len(cache.step_buffers.graphs) >= 4
+    assert len(cache.graphs) >= 4
 
     def watched(function, *args):
         torch.cuda.set_sync_debug_mode("error")
@@ -928,7 +928,7 @@ def test_a_prompt_that_a_cuda_graph_reads_gives_the_same_tokens(device, pictures
         for model.cuda_graphs in (False, True):
             answers.append(stream(model, *prompt, max_new_tokens=5, kv_cache=cache))
         assert answers[-1] == answers[-2]
-    assert sum(key[0] is generate.read_prompt for key in cache.step_buffers.graphs) == 1
+    assert sum(key[0] is generate.read_prompt for key in cache.graphs) == 1
 
 
 @on_every_device
