@@ -218,9 +218,9 @@ def capture(function, inputs: tuple, pool) -> tuple:
 
 
 def replay(function, inputs: tuple, sizes: tuple, kv_cache: KVCache) -> Tensor:
-    """function(*inputs) as a CUDA graph: one launch in place of hundreds. sizes: what its shapes depend on. The
-    next call may overwrite the result. A graph reads the same addresses at every replay, so the tensors among
-    inputs are copied to those that it was captured with."""
+    """function(*inputs) as a CUDA graph: one launch in place of hundreds. sizes: what its shapes depend on.
+    A graph reads the same addresses at every replay, so the tensors among inputs are copied to those that it
+    was captured with. The next call may overwrite the result."""
     key = function, *sizes
     if kv_cache.graphs.get(key) is None:
         own = tuple(t.clone() if isinstance(t, Tensor) else t for t in inputs)
