@@ -57,16 +57,6 @@ write_slots_compiled = torch.library.custom_op("mono_internvl::write_slots", wri
                                                mutates_args=("keys", "values"))
 
 
-class StepBuffers:
-    """What a decoding step reads on the device. A CUDA graph reads the same addresses at every replay."""
-
-    def __init__(self, rows: int, device: torch.device):
-        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)       # where its key and value go
-        self.graphs = {}                           # (function, rows, visible) -> (CUDA graph, its logits)
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None   # the graphs' memory
-
-
 class KVCache:
     """Keys and values of the tokens read so far. It grows on demand and may serve many calls of `generate` of
     one model with unchanged weights: what a prompt has in common with the cached one is not read again.
@@ -88,7 +78,7 @@ class KVCache:
         self.padded = False                        # does any row hold a pad?
         self.input_ids, self.tiles = [], None      # the tokens and tiles in the slots, if there is one row
         self.reused = 0                            # tokens of the last prompt that were in the cache already
-        self.step_buffers = None                   # what a decoding step reads on the device
+        self.graphs, self.pool = {}, None          # CUDA graphs that use this memory (see replay), and theirs
 
     @property
     def block_size(self) -> int:
@@ -111,7 +101,8 @@ class KVCache:
         more = (0, 0, 0, slots - old_slots, 0, 0, 0, rows - old_rows)
         self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
         self.real = F.pad(self.real, (0, slots - old_slots, 0, rows - old_rows))
-        self.step_buffers = StepBuffers(rows, device)
+        self.graphs = {}                           # they know the old addresses
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def truncate(self, length: int) -> None:
         """Forgets all slots from `length` on, also those that an interrupted step wrote."""
@@ -203,58 +194,7 @@ def sample_token(logits: Tensor, generated: Tensor, temperature: float, top_k: i
     return (logits.softmax(-1) / noise).argmax(-1)
 
 
-# ---------------------------------------------------------------- reading the prompt
-
-@torch.inference_mode()
-def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Tensor | None,
-            kv_cache: KVCache, chunk: int) -> Tensor:
-    """Reads the prompt into the cache, `chunk` tokens at a time, except for the prefix that is cached
-    already. Returns the logits (B, V) of the next token: the head runs on the last position only. If
-    input_ids and attention_mask are on the CPU, nothing here waits for a GPU."""
-    T, device, image_token = input_ids.shape[1], kv_cache.keys.device, model.config.img_context_token_id
-    past, tiles = kv_cache.common_prefix(input_ids, pixel_values, attention_mask)
-    kv_cache.truncate(past)
-    kv_cache.reused = past
-    ids, mask, pixels = (None if t is None else t.to(device, non_blocking=True) for t in (
-        input_ids, attention_mask, None if pixel_values is None else pixel_values[tiles:]))
-    x, lengths = model.embed(ids[:, past:], pixels), T if mask is None else mask.sum(1)
-    for start in range(past, T, chunk):
-        part = slice(start, start + chunk)
-        visual = input_ids[:, part] == (-1 if pixels is None else image_token)
-        real = torch.ones_like(visual) if mask is None else attention_mask[:, part].bool()
-        part_mask = None if mask is None else mask[:, part]
-        routing = model.route(ids[:, part], part_mask, bool(visual.any()))
-        if routing is not None:
-            routing.sizes = int((real & ~visual).sum()), int((real & visual).sum())
-        hidden = model.language_model(x[:, start - past:start - past + chunk], routing, part_mask, kv_cache,
-                                      lengths)
-    if len(input_ids) == 1:
-        kv_cache.input_ids = input_ids[0].tolist()
-        # A copy, because the caller may fill the same tensor with the next picture.
-        kv_cache.tiles = None if pixel_values is None else pixel_values.clone()
-    return model.language_model.output(hidden[:, -1]).float()
-
-
-# ---------------------------------------------------------------- one decoding step
-
-def decode_step(model, token: Tensor, kv_cache: KVCache) -> Tensor:
-    """token (B, 1) -> logits (B, V) of the next. A generated token is text, so there is no routing. Slot and
-    position are read on the device, and all shapes depend on `visible` alone: a CUDA graph can replay it."""
-    language_model = model.language_model
-    kv_cache.real[:len(token)].index_fill_(1, kv_cache.step_buffers.slot, True)
-    real = kv_cache.real[:len(token), :kv_cache.visible]                   # (B, visible)
-    lengths, x = real.sum(1), language_model.model.tok_embeddings(token)
-    mask = real.to(x.dtype).log()[:, None, None]                           # 0 or -inf, once for all layers
-    x = language_model.run_layers(x, lengths[:, None] - 1, lengths, mask, None, kv_cache)
-    return language_model.output(x[:, -1]).float()
-
-
-@functools.cache
-def compiled(function):
-    # One row, one block or another dtype each compile a variant of their own. torch allows 8 by default.
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, fullgraph=True)
-
+# ---------------------------------------------------------------- CUDA graphs
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
@@ -277,23 +217,127 @@ def capture(function, inputs: tuple, pool) -> tuple:
     return graph, result
 
 
+def replay(function, inputs: tuple, sizes: tuple, kv_cache: KVCache) -> Tensor:
+    """function(*inputs) as a CUDA graph: one launch in place of hundreds. sizes: what its shapes depend on.
+    A graph reads the same addresses at every replay, so the tensors among inputs are copied to those that it
+    was captured with. The next call may overwrite the result."""
+    key = function, *sizes
+    if kv_cache.graphs.get(key) is None:
+        own = tuple(t.clone() if isinstance(t, Tensor) else t for t in inputs)
+        kv_cache.graphs[key] = *capture(function, own, kv_cache.pool), own
+    graph, result, own = kv_cache.graphs[key]
+    for old, new in zip(own, inputs, strict=True):
+        if isinstance(new, Tensor):
+            old.copy_(new)
+    graph.replay()
+    return result
+
+
+# ---------------------------------------------------------------- reading the prompt
+
+LONGEST_CAPTURED = 1088                            # tokens of a prompt that is read by a CUDA graph
+
+
+def read_prompt(model, input_ids: Tensor, pixel_values: Tensor | None, length: Tensor,
+                kv_cache: KVCache) -> Tensor:
+    """input_ids (B, L), whose first `length` (1,) columns are the prompt -> logits (B, V) of the next token.
+    The length is read on the device, so one CUDA graph serves all prompts of up to L tokens."""
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    kv_cache.new_slots, kv_cache.visible, routing = columns, len(columns), None
+    if pixel_values is not None:                   # pads go to no expert; without tiles, they count as text
+        routing = model.route(input_ids, (columns < length).expand_as(input_ids), True)
+    x = model.language_model.run_layers(model.embed(input_ids, pixel_values), columns[None], length, None,
+                                        routing, kv_cache)
+    return model.language_model.output(x.index_select(1, length - 1)[:, 0]).float()
+
+
+def replay_prompt(model, ids: Tensor, pixels: Tensor | None, kv_cache: KVCache) -> Tensor | None:
+    """read_prompt as a CUDA graph: a GPU reads a short prompt faster than the host launches the kernels one
+    by one. None if that cannot be, or if it is the cache's first prompt of this size, because a capture
+    takes longer than a prompt."""
+    (B, T), step = ids.shape, min(64, kv_cache.block_size)
+    L = -(-T // step) * step                       # few lengths, so few graphs
+    sizes = B, L, None if pixels is None else pixels.shape
+    if not model.cuda_graphs or kv_cache.pool is None or T > LONGEST_CAPTURED:
+        return None
+    if pixels is not None and getattr(model.route(ids, None, True), "backend", "cuda") != "cuda":
+        return None                                # other back ends ask the device how many tokens are visual
+    if (read_prompt, *sizes) not in kv_cache.graphs:
+        kv_cache.graphs[read_prompt, *sizes] = None
+        return None
+    no_picture = int(model.config.img_context_token_id == 0)
+    padded, length = F.pad(ids, (0, L - T), value=no_picture), torch.full((1,), T, device=ids.device)
+    logits = replay(read_prompt, (model, padded, pixels, length, kv_cache), sizes, kv_cache)
+    kv_cache.extend(B, T, None)
+    kv_cache.length, kv_cache.visible = T, L
+    return logits
+
+
+@torch.inference_mode()
+def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Tensor | None,
+            kv_cache: KVCache, chunk: int) -> Tensor:
+    """Reads the prompt into the cache, `chunk` tokens at a time, except for the prefix that is cached
+    already. Returns the logits (B, V) of the next token: the head runs on the last position only. If
+    input_ids and attention_mask are on the CPU, nothing here waits for a GPU."""
+    T, device, logits = input_ids.shape[1], kv_cache.keys.device, None
+    past, tiles = kv_cache.common_prefix(input_ids, pixel_values, attention_mask)
+    kv_cache.truncate(past)
+    kv_cache.reused = past
+    ids, mask, pixels = (None if t is None else t.to(device, non_blocking=True) for t in (
+        input_ids, attention_mask, None if pixel_values is None else pixel_values[tiles:]))
+    if past == 0 and chunk >= T and mask is None:
+        logits = replay_prompt(model, ids, pixels, kv_cache)
+    if logits is None:
+        x, lengths = model.embed(ids[:, past:], pixels), T if mask is None else mask.sum(1)
+        visual = input_ids == (-1 if pixels is None else model.config.img_context_token_id)
+        real = torch.ones_like(visual) if mask is None else attention_mask.bool()
+        for start in range(past, T, chunk):
+            part = slice(start, start + chunk)
+            sizes = [int((real & expert)[:, part].sum()) for expert in (~visual, visual)]
+            part_mask = None if mask is None else mask[:, part]
+            routing = model.route(ids[:, part], part_mask, sizes[1] > 0)
+            if routing is not None:
+                routing.sizes = sizes
+            hidden = model.language_model(x[:, start - past:start - past + chunk], routing, part_mask,
+                                          kv_cache, lengths)
+        logits = model.language_model.output(hidden[:, -1]).float()
+    if len(input_ids) == 1:
+        kv_cache.input_ids = input_ids[0].tolist()
+        # A copy, because the caller may fill the same tensor with the next picture.
+        kv_cache.tiles = None if pixel_values is None else pixel_values.clone()
+    return logits
+
+
+# ---------------------------------------------------------------- one decoding step
+
+def decode_step(model, token: Tensor, slot: Tensor, kv_cache: KVCache) -> Tensor:
+    """token (B, 1) -> logits (B, V) of the next. slot (1,): where its key and value go. A generated token is
+    text, so there is no routing. All shapes depend on `visible` alone: a CUDA graph can replay it."""
+    language_model, kv_cache.new_slots = model.language_model, slot
+    kv_cache.real[:len(token)].index_fill_(1, slot, True)
+    real = kv_cache.real[:len(token), :kv_cache.visible]                   # (B, visible)
+    lengths, x = real.sum(1), language_model.model.tok_embeddings(token)
+    mask = real.to(x.dtype).log()[:, None, None]                           # 0 or -inf, once for all layers
+    x = language_model.run_layers(x, lengths[:, None] - 1, lengths, mask, None, kv_cache)
+    return language_model.output(x[:, -1]).float()
+
+
+@functools.cache
+def compiled(function):
+    # One row, one block or another dtype each compile a variant of their own. torch allows 8 by default.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, fullgraph=True)
+
+
 @torch.inference_mode()
 def decode(model, token: Tensor, kv_cache: KVCache) -> Tensor:
-    """token (B,) on the device -> logits (B, V) of the next, without a device→host sync. On a GPU the step is
-    a CUDA graph: one launch in place of hundreds. The next call may overwrite these logits."""
-    B, buffers = len(token), kv_cache.step_buffers
-    buffers.token[:B, 0] = token
-    buffers.slot.fill_(kv_cache.length)
-    kv_cache.new_slots = buffers.slot
+    """token (B,) on the device -> logits (B, V) of the next, without a device→host sync. The next call may
+    overwrite these logits."""
     kv_cache.visible = (kv_cache.length // kv_cache.block_size + 1) * kv_cache.block_size
     step = compiled(decode_step) if model.compile_decode else decode_step
-    inputs = model, buffers.token[:B], kv_cache
-    if model.cuda_graphs and buffers.pool is not None:
-        key = step, B, kv_cache.visible
-        if key not in buffers.graphs:
-            buffers.graphs[key] = capture(step, inputs, buffers.pool)
-        graph, logits = buffers.graphs[key]
-        graph.replay()
+    inputs = model, token[:, None], torch.full((1,), kv_cache.length, device=token.device), kv_cache
+    if model.cuda_graphs and kv_cache.pool is not None:
+        logits = replay(step, inputs, (len(token), kv_cache.visible), kv_cache)
     else:
         logits = step(*inputs)
     kv_cache.length += 1
@@ -327,9 +371,9 @@ KEPT_BYTES = 2 ** 30
 
 @contextlib.contextmanager
 def kept_cache(model, rows: int) -> Iterator[KVCache]:
-    """A cache for a call of `generate` that brings none. If it has CUDA graphs and is not large, the next such
-    call with as many rows gets it: a graph takes longer to capture than dozens of tokens to decode. Nothing
-    in it counts any more, because training may have changed the weights where they are."""
+    """A cache for a call of `generate` that brings none. If it has CUDA graphs and is not large, the next
+    such call with as many rows gets it, because a graph takes as long to capture as dozens of tokens to
+    decode. Its content is forgotten: training may have changed the weights."""
     weights, kept = [p.data_ptr() for p in model.parameters()], KEPT.setdefault(model, {})
     captured_with, cache = kept.pop(rows, (None, None))        # two calls at a time never share one
     if captured_with != weights:
@@ -339,7 +383,7 @@ def kept_cache(model, rows: int) -> Iterator[KVCache]:
     try:
         yield cache
     finally:
-        if cache.step_buffers and cache.step_buffers.graphs and 2 * cache.keys.nbytes <= KEPT_BYTES:
+        if cache.graphs and 2 * cache.keys.nbytes <= KEPT_BYTES:
             kept[rows] = weights, cache
 
 
@@ -353,8 +397,8 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     """Yields the next token of each row, (B,) int64 on the CPU, until all rows end or the context is full.
 
     input_ids (B, T), pixel_values (n_tiles, 3, S, S), attention_mask (B, T): as in MonoInternVL.forward, with
-    the pads on the left, so that all rows end in the same column. They may be on any device. The first token
-    comes with one sync with a GPU, like all others, if input_ids and attention_mask are on the CPU.
+    the pads on the left, so that all rows end in the same column. On any device; with input_ids and
+    attention_mask on the CPU, even the first token costs but one sync with a GPU.
     temperature: 0 is greedy. repetition_penalty: counts generated tokens only [repo: it sees no prompt ids].
     eos_token_id: the token, or the tokens, that end a row. An ended row yields it, or the first of them, from
     then on. None: no row ends.
@@ -362,8 +406,7 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     seed s + i; a list has one seed for each row.
     prefill_chunk: tokens of the prompt that are read at a time, to bound memory.
     kv_cache: the cache of earlier calls. Its memory is used again. If the prompt (of one row) begins like the
-    cached one, only the rest is read. That changes no answer, except for roundings in 16 bits. None: a new
-    one, or one whose content is forgotten (see kept_cache).
+    cached one, only the rest is read. That changes no answer, except for roundings in 16 bits.
     num_tokens: the tokenizer's size. Later ids, with which some models pad their vocabulary, have no text.
     They are never generated, nor is <IMG_CONTEXT>, which means nothing without a tile.
     Raises InputError for inputs and options that do not fit, and when logits are not finite.
@@ -423,7 +466,7 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
         if count == max_new_tokens or not survivors:
             return
         # Ended rows leave the batch. Where every batch size needs a CUDA graph, they leave by halves only.
-        any_size = cache.step_buffers.pool is None or not model.cuda_graphs
+        any_size = cache.pool is None or not model.cuda_graphs
         if len(survivors) < len(running) and (any_size or len(survivors) <= len(running) // 2):
             order = cache.keep_rows(survivors)
             running, token, generated = [running[i] for i in order], token[order], generated[order]

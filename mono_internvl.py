@@ -309,16 +309,15 @@ def document_positions(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(positions, starts), (B, T) each, of packed samples: a token's place in its sample, and whether that is
     the first. A sample is a run of equal ids: pads at the end are one as well, which nobody else sees."""
     starts = F.pad(document_ids.diff(dim=1) != 0, (1, 0), value=True)
-    columns = torch.arange(document_ids.shape[1], device=document_ids.device)
+    columns = torch.arange(starts.shape[1], device=starts.device)
     return columns - (columns * starts).cummax(1).values, starts
 
 
 def varlen_serves(x: Tensor, head_dim: int) -> bool:
     """Can varlen_attn compute the attention of embeddings x?"""
-    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0) or "window_size" not in VARLEN:
-        return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
+    return (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0) and "window_size" in VARLEN
+            and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0)
 
 
 def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Tensor | None, device,
@@ -344,12 +343,8 @@ def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Ten
             return positions, lengths, (F.pad(begins, (0, 1), value=starts.numel()).int(), sizes["longest"])
         mask = (runs[:, :, None] == runs[:, None]) & (columns <= columns[:, None])
         return positions, lengths, mask[:, None]                           # mask (B, 1, T, T)
-    if real is not None and not past and sizes and not sizes["gaps"]:
-        # Two tokens, then one pad.      x . .      Plain causal attention: a token sees nothing on its right.
-        #                                x x .      What a pad sees does not matter.
-        #                                x x x
-        return columns[None], real.sum(1), None
-    if real is not None:
+    right_padded = real is not None and not past and sizes and not sizes["gaps"]
+    if real is not None and not right_padded:
         # One pad, then two tokens.      x . .      Nobody sees a pad, except the pad itself: a softmax over
         #                                . x .      nothing would be NaN. Each row counts its own tokens.
         #                                . x x
@@ -362,16 +357,19 @@ def positions_and_mask(T: int, past: int, real: Tensor | None, document_ids: Ten
         #                                x x x x x
         return columns[None, past:], past + T, causal_lower_right(T, past + T)
     # Three tokens, nothing cached.      x . .      Plain causal attention. One new token sees all columns.
-    #                                    x x .
+    #                                    x x .      Pads at the end change nothing for the tokens before them.
     #                                    x x x
-    return columns[None, past:], past + T, None
+    return columns[None, past:], real.sum(1) if right_padded else past + T, None
 
 
 # ---------------------------------------------------------------- the decoder: InternLM2 with visual experts
 
 def attend_in_two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ / √hd) v under a mask (bool, or 0 and -inf). q (B, KV, n, hd), k and v (B, KV, columns, hd)."""
-    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5                      # (B, KV, n, columns)
+    """softmax(q kᵀ / √hd) v under a mask (bool, or 0 and -inf); q (B, KV, n, hd), k, v (B, KV, columns, hd).
+    Scores stay float32: rounded to bfloat16, they would make the result six times less exact."""
+    float32 = {"out_dtype": torch.float32} if q.dtype.itemsize == 2 else {}
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, **float32).unflatten(0, q.shape[:2])
+    scores = scores * q.shape[-1] ** -0.5                                  # (B, KV, n, columns)
     if mask is not None:
         scores = scores.where(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).to(v.dtype) @ v
@@ -384,25 +382,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     q, k, packed = q.to(v.dtype), k.to(v.dtype), isinstance(mask, tuple)   # RoPE is float32 under autocast
     if T == 1 and not packed:
         # The query heads of a group see the same keys, like several tokens of one head. So none is repeated.
-        # On a GPU, fused kernels read the columns of a head one after the other: 3584 of them take an H200
-        # 135 µs, and two products with a softmax between them 17. On a CPU, the fused kernel is faster.
-        kernel = attend_in_two_products if q.is_cuda else F.scaled_dot_product_attention
+        # A GPU's fused kernels read the columns of a head one after the other: 3584 of them take an H200 135
+        # µs, and two products 17 µs (in 16 bits, these have no gradients). On a CPU, the fused kernel wins.
+        products = q.is_cuda and not torch.is_grad_enabled()
+        kernel = attend_in_two_products if products else F.scaled_dot_product_attention
         return kernel(q.squeeze(3), k, v, mask).reshape(B, 1, -1)
     q = q.flatten(1, 2)                            # (B, H, T, hd)
-    # Only flash attention reads shared keys and values as they are. It takes no mask, and 16 bits only: not
-    # float16, which is the dtype of GPUs that lack flash attention (before sm_80).
+    # Only flash attention reads shared keys and values as they are. It takes no mask, and 16 bits. float16 is
+    # left out, because older GPUs are used with it, which have no flash attention.
     gqa = "enable_gqa" in VARLEN if packed else mask is None and q.is_cuda and q.dtype == torch.bfloat16
+    options = {"enable_gqa": True} if gqa else {}
     k, v = (k, v) if gqa else (t.repeat_interleave(group, 1) for t in (k, v))
     if packed:
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))     # (B · T, heads, hd)
-        (begins, longest), options = mask, {"enable_gqa": True} if gqa else {}
+        begins, longest = mask
         y = varlen_attn(q, k, v, begins, begins, longest, longest, window_size=(-1, 0), **options)    # causal
         return y.reshape(B, T, -1)
     # Any fused kernel except cuDNN's. That one, the first choice on Hopper since torch 2.11, makes a plan for
     # every new length of a prompt, and its gradients under a mask can be NaN (pytorch issue 196678).
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels) if q.is_cuda else contextlib.nullcontext():
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
     return y.transpose(1, 2).reshape(B, T, -1)
 
 
@@ -507,7 +507,7 @@ def shifted(labels: Tensor, document_ids: Tensor | None) -> Tensor:
     """(B, T): the label that each position predicts, which is the next token's; -100 where there is none."""
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     if document_ids is not None:                   # a sample does not predict the next one's first token
-        targets = targets.masked_fill(document_positions(document_ids)[1].roll(-1, 1), -100)
+        targets = targets.masked_fill(document_ids != document_ids.roll(-1, 1), -100)
     return targets
 
 
@@ -547,8 +547,8 @@ class MonoInternVL(nn.Module):
         if pixel_values is None:
             return x
         visual_tokens = self.embed_images(pixel_values).flatten(0, 1)      # (n_tiles · tokens per tile, D)
-        places = (input_ids == self.config.img_context_token_id).flatten()
-        places = torch.nonzero_static(places, size=len(visual_tokens)).squeeze(1)
+        placeholders = (input_ids == self.config.img_context_token_id).flatten()
+        places = torch.nonzero_static(placeholders, size=len(visual_tokens)).squeeze(1)
         return x.flatten(0, 1).index_copy(0, places, visual_tokens.to(x.dtype)).view_as(x)
 
     def route(self, input_ids: Tensor, attention_mask: Tensor | None, has_images: bool) -> Routing | None:
@@ -570,12 +570,14 @@ class MonoInternVL(nn.Module):
         reduction "none": their losses one by one, (supervised,), in reading order.
         document_ids (B, T) int64: several samples are packed in a row, one after the other, as 1, 2, ...; 0 =
         pad. A sample's logits, loss and positions are as if it were alone.
-        sizes: what check_inputs said of this batch. If it was asked before the batch went to a GPU, nothing
-        here waits for the device.
+        sizes: what check_inputs said of this batch. If it saw it on the CPU, nothing here waits for a GPU.
         Raises InputError for inputs that do not fit: shapes, ids, tiles per <IMG_CONTEXT>, context length.
         """
-        if sizes is None:
-            sizes = self.check_inputs(input_ids, pixel_values, attention_mask, labels, document_ids)
+        sizes = sizes or self.check_inputs(input_ids, pixel_values, attention_mask, labels, document_ids)
+        length = sizes.get("longest_real", input_ids.shape[1])
+        if length > self.config.context_length:
+            raise InputError(f"{length} tokens do not fit the context of {self.config.context_length}; "
+                             "shorten the text or use fewer tiles")
         routing = self.route(input_ids, attention_mask, pixel_values is not None)
         if routing is not None:
             routing.sizes = sizes["text"], sizes["visual"]
@@ -604,8 +606,8 @@ class MonoInternVL(nn.Module):
 
     def check_inputs(self, input_ids, pixel_values, attention_mask, labels=None, document_ids=None) -> dict:
         """Raises InputError for inputs that do not fit forward; of pixel_values, only shape and dtype matter.
-        Returns what the host must know, with one sync on a GPU: "text" and "visual", the tokens of each expert;
-        "gaps", pads that have a token on their right; "supervised", tokens that the loss is a mean over;
+        Returns what the host must know, with one sync on a GPU: "text" and "visual", the tokens of each
+        expert; "gaps", pads with a token on their right; "supervised", tokens that the loss is a mean over;
         "samples", the packed ones and the runs of pads; "longest", the most tokens of one."""
         c, shape = self.config, tuple(input_ids.shape)
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
@@ -633,10 +635,6 @@ class MonoInternVL(nn.Module):
                              f"{c.vocab_size} tokens; is this its tokenizer?")
         if sizes.get("label", -100) >= c.vocab_size:
             raise InputError(f"labels reaches {sizes['label']}, expected ids below {c.vocab_size}, or -100")
-        length = sizes.get("longest_real", shape[1])
-        if length > c.context_length:
-            raise InputError(f"{length} tokens do not fit the context of {c.context_length}; "
-                             "shorten the text or use fewer tiles")
         if pixel_values is None and sizes["placeholders"]:
             raise InputError("input_ids holds <IMG_CONTEXT> tokens, but there are no pixel_values")
         if pixel_values is None:

@@ -62,7 +62,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -550,7 +549,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         self.elements = max([self.elements, *(t.numel() for t in tensors)])
         return result
 
@@ -558,7 +557,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["alone", "right", "packed"])
 def test_training_makes_no_tensor_as_large_as_a_mask_and_never_waits_for_the_device(layout, monkeypatch):
     """Shown without a GPU: tensors on the device "meta" have no content, so nobody can ask for it."""
-    def attention(q, k, v, attn_mask, is_causal, enable_gqa):
+    def attention(q, k, v, attn_mask, is_causal):
         assert attn_mask is None and is_causal and q.dtype == k.dtype == v.dtype
         return q * (k.sum() + v.sum())             # as large as the result, with gradients
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
@@ -810,13 +809,13 @@ def test_compiled_decoding_gives_the_same_tokens_and_copies_no_cache(monkeypatch
 
 @pytest.fixture
 def traced_steps(monkeypatch):
-    """CUDA graphs without a GPU: a trace freezes all that Python computes, as they do. Gives two lists: the
-    rows of each capture, and those of each replay."""
+    """CUDA graphs without a GPU: a trace freezes all that Python computes, as they do. Gives two lists: what
+    was captured, and the rows of each replay."""
     captures, replays = [], []
 
     def capture(step, inputs, pool):
         traced, result = make_fx(lambda: step(*inputs))(), step(*inputs)
-        captures.append(len(result))
+        captures.append(step)
 
         class Graph:
             def replay(self):
@@ -826,7 +825,7 @@ def traced_steps(monkeypatch):
 
     def reserve(self, *args, plain=KVCache.reserve):
         plain(self, *args)
-        self.step_buffers.pool = "what a CPU has none of"
+        self.pool = "what a CPU has none of"
     monkeypatch.setattr(KVCache, "BLOCK_SIZES", {"cpu": 8})
     monkeypatch.setattr(KVCache, "reserve", reserve)
     monkeypatch.setattr(generate, "capture", capture)
@@ -845,7 +844,25 @@ def test_a_captured_step_serves_every_later_token_of_its_block(traced_steps):
         assert stream(model, ids, pixels, mask, max_new_tokens=20, kv_cache=cache) == free
         assert stream(model, ids, pixels, mask, max_new_tokens=20, kv_cache=cache, eos_token_id=ends) == ended
     assert {4, 1} <= set(replays) <= {4, 2, 1}     # each size takes a capture: rows leave by halves
-    assert len(cache.step_buffers.graphs) == len(captures) < len(replays) / 5
+    assert len(cache.graphs) == len(captures) < len(replays) / 5
+
+
+@pytest.mark.parametrize("rope", ["none", "dynamic"])
+@pytest.mark.parametrize("visual", [False, True])
+def test_a_captured_prompt_serves_every_prompt_of_its_size_from_the_second_on(traced_steps, visual, rope):
+    model = tiny(rope_scaling=ROPE[rope], max_position_embeddings=6 if rope == "dynamic" else 64)
+    model.moe, (captures, _) = "cuda", traced_steps
+    pictures = [False, visual, False, visual]      # 8 columns: prompts of 5 to 8 tokens
+    prompts = [batch_of([pictures + [False] * more] * rows, seed=more)
+               for rows in (1, 2) for more in (1, 4, 2, 3)]
+    for prompt in prompts:
+        answers = []
+        for model.cuda_graphs in (False, True):
+            answers.append(stream(model, *prompt, max_new_tokens=3))
+        assert answers[0] == answers[1]
+    assert captures.count(generate.read_prompt) == 2           # one for each number of rows
+    kept = generate.KEPT[model]
+    assert [cache.length for _, cache in kept.values()] == [9, 9]
 
 
 def test_calls_without_a_cache_share_graphs_but_no_content_and_never_at_the_same_time(traced_steps):
@@ -908,7 +925,7 @@ def test_graphs_give_the_same_tokens_and_neither_prompt_nor_step_waits_for_the_h
     plain = stream(model, *prompt, max_new_tokens=60)
     model.cuda_graphs, model.compile_decode, cache = True, compile_decode, KVCache(model.config)
     captured = stream(model, *prompt, max_new_tokens=60, kv_cache=cache)
-    assert len(cache.step_buffers.graphs) >= 4
+    assert len(cache.graphs) >= 4
 
     def watched(function, *args):
         torch.cuda.set_sync_debug_mode("error")
@@ -922,6 +939,19 @@ def test_graphs_give_the_same_tokens_and_neither_prompt_nor_step_waits_for_the_h
     assert captured == replayed
     if dtype == torch.float32 or not compile_decode:           # fused, 16-bit roundings may differ
         assert replayed == plain
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("pictures", [[False] * 3, [False, True, True]])
+def test_a_prompt_that_a_cuda_graph_reads_gives_the_same_tokens(device, pictures):
+    model = tiny(max_position_embeddings=256).to(device)
+    model.moe, cache, answers = "cuda", KVCache(model.config), []
+    for seed, more in enumerate((1, 40, 20, 30)):  # all within 64 columns
+        prompt = to(device, batch_of([pictures + [False] * more] * 2, seed=seed))
+        for model.cuda_graphs in (False, True):
+            answers.append(stream(model, *prompt, max_new_tokens=5, kv_cache=cache))
+        assert answers[-1] == answers[-2]
+    assert sum(key[0] is generate.read_prompt for key in cache.graphs) == 1
 
 
 @on_every_device
