@@ -2088,7 +2088,8 @@ def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypat
 # ---------------------------------------------------------------- the kernel: what it computes
 
 TEXT, VISUAL, PAD = 0, 1, 2                                            # every other number means pad, too
-TILES = {"auto": 0, "small": 1, "medium": 2, "large": 3, "naive": 4}   # `enum TileConfig` in moe_kernel.cu
+TILES = {"auto": 0, **moe_kernel.TILES, **{f"{name} / {s}": moe_kernel.SPLIT * s + moe_kernel.TILES[name]
+                                           for name, s in (("small", 2), ("hopper64x64", 8))}}
 OPERATORS = torch.ops.mono_internvl
 on_every_dtype = pytest.mark.parametrize("dtype", moe_kernel.DTYPES)
 on_a_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
@@ -2150,20 +2151,27 @@ def check_kernels(labels, k, m, dtype, tile="auto", gather=True, scatter=True, a
     (rows, counts), n, device = check_route(labels), len(labels), labels.device
     x, residual, *w = random_tensors((n, k), (n, m), *[(m, k)] * 4, dtype=dtype, device=device, seed=seed)
     x64, residual64, *w64 = in_float64(x, residual, *w)
-    sizes, order = (counts, n, k, m, moe_kernel.DTYPES[dtype], TILES[tile]), rows.cpu()
+    order, tile_config, results = rows.cpu(), TILES[tile], []
     linear = linear_reference(labels, x64, w64[0], w64[1])
     linear = (linear if scatter else linear[order]) + (residual64 if add else 0)
-    launches = [("moe_linear", (x if gather else x[rows], w[0], w[1], residual if add else None),
-                 (rows if gather else None, rows if scatter else None), linear),
-                ("moe_swiglu", (x, *w), (rows,), swiglu_reference(labels, x64, *w64)[order])]
-    for i, (function, inputs, permutations, expected) in enumerate(launches[:1 if tile == "naive" else 2]):
+
+    def launch_linear(y):
+        moe_kernel.launch_linear(y, x if gather else x[rows], w[0], w[1], residual if add else None,
+                                 rows if gather else None, rows if scatter else None, counts, tile_config)
+
+    def launch_swiglu(y):
+        moe_kernel.launch("moe_swiglu", device, x, *w, y, rows, counts, n, k, m, moe_kernel.DTYPES[dtype],
+                          tile_config)
+    launches = {launch_linear: linear, launch_swiglu: swiglu_reference(labels, x64, *w64)[order]}
+    for launch, expected in [*launches.items()][:1 if tile == "naive" or "/" in tile else 2]:
         y = torch.full((n + 2, m), math.nan, dtype=dtype, device=device)
         y[[0, -1]] = 7
-        moe_kernel.launch(function, device, *inputs, y[1:-1], *permutations, *sizes)
+        with nan_in_new_memory():
+            launch(y[1:-1])
         assert_rounded(y[1:-1], expected)
-        assert y[[0, -1]].eq(7).all(), f"{function} wrote outside of its output"
-        launches[i] = y
-    return launches[:1 if tile == "naive" else 2]
+        assert y[[0, -1]].eq(7).all(), f"{launch.__name__} wrote outside of its output"
+        results.append(y)
+    return results
 
 
 @on_every_device
