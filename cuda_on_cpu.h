@@ -12,9 +12,9 @@
 //   - Shared memory is filled with NaN when a block starts. If a kernel reads memory that no thread wrote,
 //     the result is NaN.
 //   - cp.async copies nothing until the thread waits for it, so a missing wait leaves NaN in the result too.
-//     wgmma does not multiply before its wait either. With CUDA_ON_CPU_EAGER=1 in the environment both happen
-//     at once: then a copy that is issued too early overwrites what other threads still need. A GPU may do
-//     either.
+//     With CUDA_ON_CPU_EAGER=1 in the environment it copies at once, and a copy that is issued too early
+//     overwrites what others still need. wgmma does the opposite: with CUDA_ON_CPU_EAGER=1 it multiplies only
+//     when it is waited for, otherwise at once. A GPU may do either.
 //   - wgmma sees NaN where the thread whose copy has arrived has not executed fence.proxy.async.
 //   - Each thread runs as far as it can before the next one starts, so a missing __syncthreads shows up. Some
 //     show up only in the reverse order, which CUDA_ON_CPU_REVERSE=1 in the environment selects. A GPU may
@@ -290,7 +290,7 @@ struct Gpu {
     std::vector<Thread> threads;
     Thread* running = nullptr;
     dim3 block, block_size, grid_size;
-    bool eager = false;                     // asynchronous operations happen at once, not at the latest moment
+    bool eager = false;                     // copies happen at once and products late, or else the other way
     unsigned char* shared = nullptr;
     std::vector<bool> visible;              // per 16 bytes of shared memory: to wgmma
     std::function<void()> kernel;
@@ -510,8 +510,8 @@ template <class T, int N> void execute_wgmma(Thread* threads) {
             fprintf(stderr, "cuda_on_cpu: thread %d of a warpgroup passes another descriptor to wgmma, or has not "
                             "executed wgmma.fence\n", i), abort();
     }
-    if (gpu.eager) product.execute(product);
-    else threads->products.back().push_back(product);
+    if (gpu.eager) threads->products.back().push_back(product);
+    else product.execute(product);
 }
 template <int PENDING> void execute_wgmma_wait(Thread* threads) {
     auto& groups = threads->products;

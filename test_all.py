@@ -2183,10 +2183,11 @@ def test_launchers_equal_a_float64_reference_bitwise_alike_in_every_order_of_thr
     for seed, options in enumerate(itertools.product([False, True], repeat=3)):        # gather, scatter, add
         labels, k, m = random_labels(draw, 200, device), 8 * draw.randint(1, 80), 8 * draw.randint(1, 30)
         results = []
-        for reverse in "01":
+        for reverse, eager in "00", "10", "01":
             monkeypatch.setenv("CUDA_ON_CPU_REVERSE", reverse)
+            monkeypatch.setenv("CUDA_ON_CPU_EAGER", eager)
             results.append(check_kernels(labels, k, m, dtype, tile, *options, seed))
-        assert all(map(torch.equal, *results))
+        assert all(map(torch.equal, results[0] * 2, results[1] + results[2]))
         check_route(random_labels(draw, 3000, device))
 
 
@@ -2408,13 +2409,15 @@ def check_build(path):
     library = ctypes.CDLL(str(path))
     library.moe_error_string.restype = ctypes.c_char_p
     moe_kernel.library = lambda device: library
-    mixed = ([TEXT, VISUAL, VISUAL] * 23 + [PAD] * 80)[:140]
+    mixed = [TEXT, VISUAL, VISUAL, VISUAL, VISUAL] * 18 + [PAD] * 50
     shapes = [(torch.float32, "auto"), (torch.bfloat16, "medium"), (torch.float16, "large"),
-              (torch.bfloat16, "naive")]
-    for seed, (labels, (dtype, tile)) in enumerate(itertools.product([[], [PAD] * 3, mixed], shapes)):
-        options = seed % 2 == 0, seed // 2 % 2 == 0, seed // 4 % 2 == 0
-        check_kernels(torch.tensor(labels, dtype=torch.uint8), 168, 72, dtype, tile, *options)
-    check_kernels(torch.tensor(mixed[:70], dtype=torch.uint8), 584, 40, torch.float16, "small")
+              (torch.bfloat16, "naive"), (torch.bfloat16, "hopper64x128"), (torch.float16, "hopper128x192")]
+    for eager in "01":
+        os.environ["CUDA_ON_CPU_EAGER"] = eager
+        for seed, (labels, (dtype, tile)) in enumerate(itertools.product([[], [PAD] * 3, mixed], shapes)):
+            options = seed % 2 == 0, seed // 2 % 2 == 0, seed // 4 % 2 == 0
+            check_kernels(torch.tensor(labels, dtype=torch.uint8), 456, 72, dtype, tile, *options)
+        check_kernels(torch.tensor(mixed[:70], dtype=torch.uint8), 584, 40, torch.float16, "small / 2")
 
 
 def run_python(code, *arguments, **environment):
@@ -2441,9 +2444,16 @@ __global__ void kernel(int which, const float* in, float* out) {
     }
     if (which == 3) shared[t] = t, out[t] = shared[t / 2]; // needs a barrier, has none
     if (which == 4 && t < 40) __syncthreads();             // does not reach all threads
+    if (which == 5) cp_async16(shared + 2 * t, in, 16);    // not at multiples of 16 bytes
+    if (which == 6) {                                      // 8 rows in the same banks
+        uint32_t matrices[4];
+        ldmatrix_x4(matrices, shared + 32 * (t % 8));
+    }
 }
-extern "C" void run(int which, const float* in, float* out) {
-    LAUNCH(kernel, 1, 64, 1024, 0, which, in, out);
+extern "C" int run(int which, const float* in, float* out) {
+    const int shared_bytes = which == 7 ? 50 << 10 : 1024; // more than a kernel may use without an attribute
+    LAUNCH(kernel, 1, 64, shared_bytes, 0, which, in, out);
+    return cudaGetLastError();
 }
 """
 
@@ -2463,9 +2473,14 @@ def test_cuda_on_cpu_is_strict_where_a_gpu_is_silent(tmp_path, monkeypatch, flag
     assert torch.equal(run(3), torch.arange(64) // 2.), "first to last, a missing barrier stays hidden ..."
     monkeypatch.setenv("CUDA_ON_CPU_REVERSE", "1")
     assert run(3)[2:].isnan().all(), "... and last to first it shows"
-    died = run_python("import ctypes, sys; ctypes.CDLL(sys.argv[1]).run(4, None, None)", tmp_path / "tiny.so")
-    assert died.returncode < 0
-    assert re.search(r"diverge in block \(0, 0, 0\): thread 32 is at .*, thread 40 at the end", died.stdout)
+    monkeypatch.setenv("CUDA_ON_CPU_EAGER", "1")
+    assert run(1).eq(1).all(), "a copy may arrive before the wait"
+    assert library.run(7, None, None) != 0 and library.run(8, None, None) == 0
+    for which, message in ((4, r"diverge in block \(0, 0, 0\): thread 32 is at .*, thread 40 at the end"),
+                           (5, "misaligned"), (6, "bank conflicts")):
+        died = run_python("import ctypes, sys; ctypes.CDLL(sys.argv[1]).run(int(sys.argv[2]), None, None)",
+                          tmp_path / "tiny.so", str(which))
+        assert died.returncode < 0 and re.search(message, died.stdout)
 
 
 @pytest.mark.slow
@@ -2486,11 +2501,28 @@ PLANTED_BUGS = {                                   # name: what stands in moe_ke
     "a missing barrier": ("        __syncthreads();              // now those of", "        // now those of"),
     "a missing barrier in the scan": ("__syncthreads();  // all threads have read before any writes", ""),
     "a wait one group too short": ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    "rows off by one": ("tokens.begin + load_row + i * ROWS_PER_PASS",
-                        "tokens.begin + load_row + i * ROWS_PER_PASS + 1"),
+    "a load before the barrier": ("        cp_async_wait<STAGES - 2>();", "        load(k_tile + STAGES - 1);\n"
+                                  "        cp_async_wait<STAGES - 1>();\n        auto load = [](int) {};"),
+    "rows off by one": ("tokens.begin + row + i * ROWS_PER_PASS", "tokens.begin + row + i * ROWS_PER_PASS + 1"),
     "the wrong expert at the boundary tile": ("token_tile < num_text_tiles", "token_tile <= num_text_tiles"),
     "a column past the tail": ("if (column >= p.out_features) ret", "if (column > p.out_features) ret"),
-    "numbers past the tail of K": ("source != nullptr && k < p.in_features;", "source != nullptr;")}
+    "numbers past the tail of K": ("source != nullptr && k < in_features;", "source != nullptr;"),
+    "a misaligned slot": ("(chunk ^ row % 8 / ROWS_PER_128_BYTES) * 8;",
+                          "(chunk ^ row % 8 / ROWS_PER_128_BYTES) * 8 + 4;"),
+    "no swizzle": ("ROWS_PER_128_BYTES = 64 / BK;", "ROWS_PER_128_BYTES = 8;"),
+    "no attribute for shared memory": (
+        "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::SHARED_BYTES);",
+        "cudaSuccess;"),
+    "a split in the place of another": ("int64_t(blockIdx.z % p.splits) * p.num_tokens",
+                                        "int64_t(blockIdx.z / p.splits) * p.num_tokens"),
+    "a split that is added twice": ("p.partial_sums + split * size", "p.partial_sums + split / 2 * size"),
+    "wgmma: no fence between copies and products": ("        fence_proxy_async();\n", ""),
+    "wgmma: no fence between the sums and products": ("        wgmma_fence();\n", ""),
+    "wgmma: no wait for the last products": ("    wgmma_wait<0>();\n", ""),
+    "wgmma: a wait for copies one group too short": ("cp_async_wait<AHEAD - 1>()", "cp_async_wait<AHEAD>()"),
+    "wgmma: a copy while products still read": ("AHEAD = STAGES - 1 - Tile::PENDING;", "AHEAD = STAGES - 1;"),
+    "wgmma: a step along K too short": ("a + stage + 2 * k", "a + stage + k"),
+    "wgmma: the rows of another warpgroup": ("% (WARPS_M / 4) * 64;", "% (WARPS_M / 4) * 0;")}
 
 
 @pytest.mark.slow
