@@ -6,17 +6,23 @@
 //
 // The model. Every CUDA thread of a block is a fiber, which means that it has a stack of its own, on which
 // the kernel runs as ordinary C++. A fiber runs until the kernel has to wait for other threads: at
-// __syncthreads, or at an instruction that a whole warp executes together (ldmatrix, mma). Then the next
-// fiber runs. The blocks run one after another. Atomics, races between blocks, bank conflicts, wgmma and TMA
-// are not modelled. The model is strict in the following ways, so that tests find mistakes:
+// __syncthreads, or at an instruction that a whole warp or warpgroup executes together (ldmatrix, mma, wgmma).
+// Then the next fiber runs. The blocks run one after another. Atomics, races between blocks and TMA are not
+// modelled. The model is strict in the following ways, so that tests find mistakes:
 //   - Shared memory is filled with NaN when a block starts. If a kernel reads memory that no thread wrote,
 //     the result is NaN.
 //   - cp.async copies nothing until the thread waits for it, so a missing wait leaves NaN in the result too.
+//     With CUDA_ON_CPU_EAGER=1 in the environment it copies at once, and a copy that is issued too early
+//     overwrites what others still need. wgmma does the opposite: with CUDA_ON_CPU_EAGER=1 it multiplies only
+//     when it is waited for, otherwise at once. A GPU may do either.
+//   - wgmma sees NaN where the thread whose copy has arrived has not executed fence.proxy.async.
 //   - Each thread runs as far as it can before the next one starts, so a missing __syncthreads shows up. Some
 //     show up only in the reverse order, which CUDA_ON_CPU_REVERSE=1 in the environment selects. A GPU may
 //     choose either order.
 //   - The program aborts if threads of a warp wait at different places, or if a barrier is not reached by all
-//     threads of the block.
+//     threads of the block; if a 16-byte access to shared memory is misaligned; and if the rows that ldmatrix
+//     reads together lie in the same banks.
+//   - A launch with more than 48 KB of shared memory fails unless cudaFuncSetAttribute has allowed it.
 //   - Shared memory and stacks are ordinary memory, which -fsanitize=address,undefined checks.
 // The stack switch is written in assembly for x86-64. On other CPUs, or with -DCUDA_ON_CPU_UCONTEXT, POSIX
 // ucontext does it, more slowly.
@@ -31,7 +37,7 @@
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 #define DYNAMIC_SHARED(type, name)                              \
-    extern __shared__ __align__(128) unsigned char name##_raw[]; \
+    extern __shared__ __align__(1024) unsigned char name##_raw[]; \
     type* const name = reinterpret_cast<type*>(name##_raw)
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -73,6 +79,52 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 MMA(__nv_bfloat16, "bf16")  // the first argument only selects the type
 MMA(__half, "f16")
 
+// What follows exists in sm_90a only.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SM90A_ASM(...) asm volatile(__VA_ARGS__)
+#else
+#define SM90A_ASM(...) __trap()
+#endif
+// The descriptor of a matrix with K numbers in each row, of which 64 are 128 bytes and lie in shared memory in the
+// 128-byte swizzle. Bits 0-13 are its address, bits 32-45 the 1024 bytes from 8 rows to the next 8 rows, both in
+// units of 16 bytes. Bits 62-63 are 1 for this swizzle. It ignores bits 16-29.
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* matrix) {
+    const uint64_t address = __cvta_generic_to_shared(matrix);
+    return address >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+__device__ __forceinline__ void fence_proxy_async() { SM90A_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() { SM90A_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { SM90A_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+    SM90A_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// The compiler does not know that wgmma is asynchronous. This keeps it from reading the sums before this point.
+__device__ __forceinline__ void not_before(float (&c)[4]) {
+    asm volatile("" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])::"memory");
+}
+// C (64xN, fp32) += A (64x16) · B (16xN), where N is 8 · GROUPS. a and b describe A and the transpose of B. Warp w
+// of the warpgroup holds rows 16w to 16w + 15 of C, and c[j] is what mma would leave of columns 8j to 8j + 7.
+#define R10(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+#define R30 R10() ", " R10(1) ", " R10(2)
+#define R60 R30 ", " R10(3) ", " R10(4) ", " R10(5)
+#define R90 R60 ", " R10(6) ", " R10(7) ", " R10(8)
+#define R120 R90 ", " R10(9) ", " R10(10) ", " R10(11)
+#define C4(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define C32(j) C4(j), C4(j + 1), C4(j + 2), C4(j + 3), C4(j + 4), C4(j + 5), C4(j + 6), C4(j + 7)
+#define WGMMA(TYPE, NAME, N, REGISTERS, A, B, ...)                                                          \
+    __device__ __forceinline__ void wgmma(TYPE, float (&c)[N / 8][4], uint64_t a, uint64_t b) {             \
+        SM90A_ASM("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGISTERS "}, "      \
+                  A ", " B ", 1, 1, 1, 0, 0;" : __VA_ARGS__ : "l"(a), "l"(b) : "memory");                   \
+    }
+#define WGMMAS(TYPE, NAME)                                                                                  \
+    WGMMA(TYPE, NAME, 64, R30 ", %30, %31", "%32", "%33", C32(0))                                           \
+    WGMMA(TYPE, NAME, 128, R60 ", %60, %61, %62, %63", "%64", "%65", C32(0), C32(8))                        \
+    WGMMA(TYPE, NAME, 192, R90 ", %90, %91, %92, %93, %94, %95", "%96", "%97", C32(0), C32(8), C32(16))     \
+    WGMMA(TYPE, NAME, 256, R120 ", %120, %121, %122, %123, %124, %125, %126, %127", "%128", "%129",         \
+          C32(0), C32(8), C32(16), C32(24))
+WGMMAS(__nv_bfloat16, "bf16")
+WGMMAS(__half, "f16")
+
 #else  // ---------------------------------------------------------------- the model
 #include <algorithm>
 #include <cmath>
@@ -80,8 +132,10 @@ MMA(__half, "f16")
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <sys/mman.h>
+#include <utility>
 #include <vector>
 #if !defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
 #define CUDA_ON_CPU_UCONTEXT
@@ -99,8 +153,11 @@ MMA(__half, "f16")
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-    ((void)(stream), cuda_on_cpu::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }))
+    ((void)(stream),                                            \
+     cuda_on_cpu::launch((void*)kernel, grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }))
 #define DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(cuda_on_cpu::gpu.shared)
+#define __expf expf
+#define __fdividef(a, b) ((a) / (b))
 #define threadIdx (cuda_on_cpu::gpu.running->index)
 #define blockIdx (cuda_on_cpu::gpu.block)
 #define blockDim (cuda_on_cpu::gpu.block_size)
@@ -115,13 +172,22 @@ using std::min;
 typedef int cudaError_t;
 typedef void* cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount };
-template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
-    return bytes <= 99 << 10 ? cudaSuccess : cudaErrorInvalidValue;  // the limit on sm_86 and sm_89
+namespace cuda_on_cpu {
+static std::map<void*, int> max_shared_bytes;  // of kernels that may use more than 48 KB
+static cudaError_t last_error = cudaSuccess;
+}
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
+    if (bytes > 227 << 10) return cudaErrorInvalidValue;  // the limit on sm_90
+    return cuda_on_cpu::max_shared_bytes[(void*)kernel] = bytes, cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 132, cudaSuccess; }  // H100
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 9;  // an H100
+    return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 
 // 16-bit floats are stored as bits. Conversions round to the nearest value, ties to even, as on a GPU.
@@ -184,16 +250,27 @@ inline void prepare_stack(Context& c, char* stack, size_t size, void (*entry)())
 }
 #endif
 
-struct Copy { void* to; const void* from; int bytes; };  // one cp.async
+struct Copy {                                            // one cp.async
+    void* to;
+    const void* from;
+    int bytes;
+    void execute() const;
+};
+struct Product {                                         // one wgmma of a warpgroup
+    uint64_t a, b;                                       // the descriptors
+    float* sums[128];                                    // of each thread
+    void (*execute)(const Product&);
+};
 struct Thread;
 // Where a thread can wait. An instruction of a warp is executed once all lanes of the warp have reached it.
 // At the start, at the end and at a barrier there is nothing to execute.
 struct Instruction {
     const char* name;
     void (*execute)(Thread* lanes);
+    int threads;  // how many execute it together: 32 or 128
 };
-static const Instruction start{"start", nullptr}, finished{"the end", nullptr};
-static const Instruction barrier{"__syncthreads", nullptr};
+static const Instruction start{"start", nullptr, 0}, finished{"the end", nullptr, 0};
+static const Instruction barrier{"__syncthreads", nullptr, 0};
 
 struct Thread {
     dim3 index;
@@ -201,6 +278,9 @@ struct Thread {
     int line = 0;                           // the source line where it waits
     void* operands[3];                      // of a warp instruction: addresses on stacks or in shared memory
     std::vector<std::vector<Copy>> copies;  // the pending groups of cp.async; the last one is still open
+    std::vector<size_t> unfenced;           // where its copies arrived since its last fence.proxy.async
+    std::vector<std::vector<Product>> products;  // in the first thread of a warpgroup: the groups of wgmma
+    bool registers_fenced = false;
     char* stack;
     Context context;
     void* fake_stack = nullptr;             // belongs to ASan
@@ -210,7 +290,9 @@ struct Gpu {
     std::vector<Thread> threads;
     Thread* running = nullptr;
     dim3 block, block_size, grid_size;
+    bool eager = false;                     // copies happen at once and products late, or else the other way
     unsigned char* shared = nullptr;
+    std::vector<bool> visible;              // per 16 bytes of shared memory: to wgmma
     std::function<void()> kernel;
     Context scheduler;
     void* scheduler_fake_stack = nullptr;
@@ -272,13 +354,19 @@ inline void check_together(const Thread* threads, int n, const char* group) {
         abort();
     }
 }
-inline void run_warp(Thread* lanes, int n, bool reverse) {  // until all lanes wait at a barrier or have ended
+// Runs n threads, which are a warp or a warpgroup, until all of them wait for others or have ended.
+inline void run_together(Thread* threads, int n, int group, bool reverse) {
     for (;;) {
-        for (int i = 0; i < n; i++) run_thread(lanes[reverse ? n - 1 - i : i]);
-        check_together(lanes, n, "warp");
-        if (!lanes->at->execute) return;
-        if (n != 32) fprintf(stderr, "cuda_on_cpu: %s by %d threads, not 32\n", lanes->at->name, n), abort();
-        lanes->at->execute(lanes);
+        for (int i = 0, part = group == 32 ? 1 : 32, parts = (n + part - 1) / part; i < parts; i++) {
+            const int first = (reverse ? parts - 1 - i : i) * part;
+            if (group == 32) run_thread(threads[first]);
+            else run_together(threads + first, std::min(n - first, 32), 32, reverse);
+        }
+        check_together(threads, n, group == 32 ? "warp" : "warpgroup");
+        if (threads->at->threads != group) return;
+        if (n != group)
+            fprintf(stderr, "cuda_on_cpu: %s by %d threads, not %d\n", threads->at->name, n, group), abort();
+        threads->at->execute(threads);
     }
 }
 inline void run_block(int n, bool reverse) {
@@ -288,19 +376,31 @@ inline void run_block(int n, bool reverse) {
         t.index = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
         t.at = &start;
         t.copies.assign(1, {});
+        t.products.assign(1, {});
+        t.unfenced.clear();
+        t.registers_fenced = false;
         prepare_stack(t.context, t.stack, STACK_BYTES, thread_main);
     }
     do {
-        for (int w = 0, warps = (n + 31) / 32; w < warps; w++) {
-            const int first = (reverse ? warps - 1 - w : w) * 32;
-            run_warp(&gpu.threads[first], std::min(n - first, 32), reverse);
+        for (int w = 0, warpgroups = (n + 127) / 128; w < warpgroups; w++) {
+            const int first = (reverse ? warpgroups - 1 - w : w) * 128;
+            run_together(&gpu.threads[first], std::min(n - first, 128), 128, reverse);
         }
         check_together(gpu.threads.data(), n, "block");
     } while (gpu.threads[0].at != &finished);
 }
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
+inline bool is_set(const char* variable) {  // in the environment
+    const char* value = getenv(variable);
+    return value && *value == '1';
+}
+inline void launch(void* function, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
     const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
-    const char* reverse = getenv("CUDA_ON_CPU_REVERSE");
+    if (shared_bytes > 48 << 10 && int(shared_bytes) > max_shared_bytes[function]) {
+        last_error = cudaErrorInvalidValue;
+        return;
+    }
+    const bool reverse = is_set("CUDA_ON_CPU_REVERSE");
+    gpu.eager = is_set("CUDA_ON_CPU_EAGER");
     const int n = block.x * block.y * block.z;
     while (int(gpu.threads.size()) < n) {  // later launches reuse the stacks
         gpu.threads.emplace_back();
@@ -311,13 +411,14 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<voi
     gpu.grid_size = grid;
     gpu.block_size = block;
     gpu.kernel = std::move(kernel);
-    gpu.shared = static_cast<unsigned char*>(aligned_alloc(128, (shared_bytes / 128 + 1) * 128));
+    gpu.shared = static_cast<unsigned char*>(aligned_alloc(1024, (shared_bytes / 1024 + 1) * 1024));
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x++) {
                 gpu.block = dim3(x, y, z);
                 memset(gpu.shared, 0xff, shared_bytes);  // NaN in every float format
-                run_block(n, reverse && *reverse == '1');
+                gpu.visible.assign(shared_bytes / 16 + 1, true);
+                run_block(n, reverse);
             }
     free(gpu.shared);
 }
@@ -327,8 +428,27 @@ template <class T> float element(const uint32_t& pair, int i) {
     return to_float32(reinterpret_cast<const T*>(&pair)[i]);
 }
 
+// The place of an address in shared memory. Aborts unless it is a multiple of 16, as 16-byte accesses need it.
+inline size_t shared_offset(const void* address) {
+    const size_t offset = static_cast<const unsigned char*>(address) - gpu.shared;
+    if (offset % 16) fprintf(stderr, "cuda_on_cpu: a misaligned address in shared memory\n"), abort();
+    return offset;
+}
+
+inline void Copy::execute() const {
+    memcpy(to, from, bytes);
+    memset(static_cast<char*>(to) + bytes, 0, 16 - bytes);
+    gpu.running->unfenced.push_back(shared_offset(to) / 16);
+    gpu.visible.at(shared_offset(to) / 16) = false;
+}
+
 // Both instructions distribute matrices over the lanes as described at ldmatrix_x4 and MMA above.
 inline void execute_ldmatrix(Thread* lanes) {
+    for (int i = 0; i < 4; i++) {  // the 8 rows of a matrix must lie in different banks: 128 bytes at a time
+        unsigned banks = 0;
+        for (int l = 0; l < 8; l++) banks |= 1 << shared_offset(lanes[i * 8 + l].operands[1]) / 16 % 8;
+        if (banks != 0xff) fprintf(stderr, "cuda_on_cpu: bank conflicts in ldmatrix\n"), abort();
+    }
     for (int l = 0; l < 32; l++)
         for (int i = 0; i < 4; i++)
             memcpy(static_cast<uint32_t*>(lanes[l].operands[0]) + i,
@@ -353,8 +473,55 @@ template <class T> void execute_mma(Thread* lanes) {
         for (int i = 0; i < 4; i++)
             static_cast<float*>(lanes[l].operands[0])[i] += C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
 }
-static const Instruction ldmatrix{"ldmatrix", execute_ldmatrix};
-template <class T> static const Instruction mma{"mma", execute_mma<T>};
+static const Instruction ldmatrix{"ldmatrix", execute_ldmatrix, 32};
+template <class T> static const Instruction mma{"mma", execute_mma<T>, 32};
+
+// wgmma, as the PTX specification describes it. A descriptor holds the address of a matrix divided by 16 in
+// bits 0-13, and the distance between two groups of 8 rows divided by 16 in bits 32-45. Bits 62-63 are 1 for
+// the 128-byte swizzle. Its rows are 128 bytes apart, and bits 4-6 of an address are xored with bits 7-9.
+template <class T> float element_of_shared_matrix(uint64_t descriptor, int row, int k) {
+    if (descriptor >> 62 != 1 || descriptor >> 46 & 0x3f) fprintf(stderr, "cuda_on_cpu: descriptor\n"), abort();
+    const unsigned start = (descriptor & 0x3fff) * 16, stride = (descriptor >> 32 & 0x3fff) * 16;
+    const unsigned address = start + row / 8 * stride + row % 8 * 128 + k * 2;
+    const unsigned swizzled = address ^ (address >> 7 & 7) << 4;
+    if (!gpu.visible.at(swizzled / 16)) return NAN;  // a fence.proxy.async is missing
+    return to_float32(*reinterpret_cast<T*>(gpu.shared + swizzled));
+}
+template <class T, int N> void execute_product(const Product& p) {
+    static float A[64][16], B[16][N];
+    for (int k = 0; k < 16; k++) {
+        for (int m = 0; m < 64; m++) A[m][k] = element_of_shared_matrix<T>(p.a, m, k);
+        for (int n = 0; n < N; n++) B[k][n] = element_of_shared_matrix<T>(p.b, n, k);
+    }
+    for (int m = 0; m < 64; m++) {
+        float C[N] = {};
+        for (int k = 0; k < 16; k++)
+            for (int n = 0; n < N; n++) C[n] += A[m][k] * B[k][n];
+        for (int n = 0; n < N; n++)  // row m belongs to warp m / 16, and there the fragments are those of mma
+            p.sums[m / 16 * 32 + m % 8 * 4 + n % 8 / 2][n / 8 * 4 + m % 16 / 8 * 2 + n % 2] += C[n];
+    }
+}
+template <class T, int N> void execute_wgmma(Thread* threads) {
+    uint64_t* const descriptors = static_cast<uint64_t*>(threads->operands[1]);
+    Product product{descriptors[0], descriptors[1], {}, execute_product<T, N>};
+    for (int i = 0; i < 128; i++) {
+        product.sums[i] = static_cast<float*>(threads[i].operands[0]);
+        if (memcmp(threads[i].operands[1], descriptors, 16) || !threads[i].registers_fenced)
+            fprintf(stderr, "cuda_on_cpu: thread %d of a warpgroup passes another descriptor to wgmma, or has not "
+                            "executed wgmma.fence\n", i), abort();
+    }
+    if (gpu.eager) threads->products.back().push_back(product);
+    else product.execute(product);
+}
+template <int PENDING> void execute_wgmma_wait(Thread* threads) {
+    auto& groups = threads->products;
+    for (; int(groups.size()) - 1 > PENDING; groups.erase(groups.begin()))
+        for (const Product& product : groups.front()) product.execute(product);
+}
+inline void execute_wgmma_commit(Thread* threads) { threads->products.emplace_back(); }
+template <class T, int N> static const Instruction wgmma{"wgmma", execute_wgmma<T, N>, 128};
+template <int PENDING> static const Instruction wgmma_wait{"wgmma.wait_group", execute_wgmma_wait<PENDING>, 128};
+static const Instruction wgmma_commit{"wgmma.commit_group", execute_wgmma_commit, 128};
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::wait_at(cuda_on_cpu::barrier, line); }
@@ -372,17 +539,36 @@ void mma_m16n8k16(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     cuda_on_cpu::wait_at(cuda_on_cpu::mma<T>, line);
 }
 inline void cp_async16(void* shared, const void* global, int bytes) {
-    cuda_on_cpu::gpu.running->copies.back().push_back({shared, global, bytes});
+    cuda_on_cpu::Copy copy{shared, global, bytes};
+    cuda_on_cpu::shared_offset(shared);
+    if (cuda_on_cpu::gpu.eager) copy.execute();
+    else cuda_on_cpu::gpu.running->copies.back().push_back(copy);
 }
 inline void cp_async_commit() { cuda_on_cpu::gpu.running->copies.emplace_back(); }
 template <int PENDING> void cp_async_wait() {
     auto& groups = cuda_on_cpu::gpu.running->copies;
-    while (int(groups.size()) - 1 > PENDING) {  // the last group is still open and does not count
-        for (const cuda_on_cpu::Copy& c : groups.front()) {
-            memcpy(c.to, c.from, c.bytes);
-            memset(static_cast<char*>(c.to) + c.bytes, 0, 16 - c.bytes);
-        }
-        groups.erase(groups.begin());
-    }
+    for (; int(groups.size()) - 1 > PENDING; groups.erase(groups.begin()))  // the last one is still open
+        for (const cuda_on_cpu::Copy& copy : groups.front()) copy.execute();
+}
+inline void fence_proxy_async() {
+    for (size_t chunk : cuda_on_cpu::gpu.running->unfenced) cuda_on_cpu::gpu.visible.at(chunk) = true;
+    cuda_on_cpu::gpu.running->unfenced.clear();
+}
+inline uint64_t wgmma_descriptor(const void* tile) {
+    const uint64_t address = static_cast<const unsigned char*>(tile) - cuda_on_cpu::gpu.shared;
+    return address >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+inline void not_before(float (&)[4]) {}
+inline void wgmma_fence() { cuda_on_cpu::gpu.running->registers_fenced = true; }
+inline void wgmma_commit(int line = __builtin_LINE()) { cuda_on_cpu::wait_at(cuda_on_cpu::wgmma_commit, line); }
+template <int PENDING> void wgmma_wait(int line = __builtin_LINE()) {
+    cuda_on_cpu::wait_at(cuda_on_cpu::wgmma_wait<PENDING>, line);
+}
+template <class T, int GROUPS>
+void wgmma(T, float (&c)[GROUPS][4], uint64_t a, uint64_t b, int line = __builtin_LINE()) {
+    uint64_t descriptors[2] = {a, b};
+    void** operands = cuda_on_cpu::gpu.running->operands;
+    operands[0] = c, operands[1] = descriptors;
+    cuda_on_cpu::wait_at(cuda_on_cpu::wgmma<T, GROUPS * 8>, line);
 }
 #endif

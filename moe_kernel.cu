@@ -30,25 +30,22 @@
 // are none. Since the host never waits for the device, a CUDA graph can capture all of it.
 //
 // Reading order: route_kernel; linear_naive_kernel, which is the whole idea in 20 lines; find_token_tile and
-// the other parts that the tiled kernels share; gemm_kernel, for bf16 and fp16 on tensor cores;
-// gemm_fp32_kernel; and the launchers, which Python calls.
+// the other parts that the tiled kernels share; gemm_kernel, for bf16 and fp16 on the tensor cores of every GPU
+// since sm_80; wgmma_kernel, for those of Hopper GPUs; add_partial_sums_kernel, which a product needs if
+// several blocks share the sum of an output (split-K); gemm_fp32_kernel; and the launchers, which Python calls.
 //
 // Floors. M·N·K multiply-adds for moe_linear, twice as many for moe_swiglu. The traffic is at least one read
 // of each weight matrix in use, one read of x and one write of y. The FFN of the 2B model (widths 2048 and
 // 8192) takes 100.7 Mflop per token in bf16, and each expert has 100.7 MB of weights. With few tokens,
-// reading the weights takes most of the time. With many tokens, the products on the tensor cores do. One
-// ceiling remains: mma.sync, which runs on every GPU since sm_80, does not reach the full rate of an H100.
-// That takes wgmma (sm_90a only).
+// reading the weights takes most of the time. With many tokens, the products on the tensor cores do.
 //
-// What nvcc 13.0 gives: registers per thread on sm_80 / sm_89 / sm_90, and shared memory per block. No kernel
-// spills.
-//     gemm_kernel large          211 / 211 / 215   96 KB    gemm_fp32_kernel linear  130 / 130 / 128  8.5 KB
-//     gemm_kernel medium         217 / 217 / 221   64 KB    gemm_fp32_kernel SwiGLU  135 / 143 / 166  8.5 KB
-//     gemm_kernel small, linear   72 /  72 /  72   96 KB    linear_naive_kernel       30 /  38 /  30    0
-//     gemm_kernel small, SwiGLU   80 /  80 /  80   64 KB    route_kernel              30 /  30 /  30    2 KB
-//
-// On a machine without a GPU, cuda_on_cpu.h runs this same file. It has been compiled and run on the CPU, but
-// not yet measured on a GPU.
+// What each refinement gains, in microseconds on an H200, for w1 and w3 of 3,392 tokens and for w2 of 64:
+//                                                             w1, w3     w2
+//     mma.sync, 128 x 128 weight rows, 64 x 32 for 64 tokens     614     46    gemm_kernel
+//     wgmma, 128 x 256 and 64 x 64                               381     34    wgmma_kernel
+//     the same, the sum split in 8 parts                                 17    add_partial_sums_kernel
+//     cuBLAS, without gather, scatter and silu                   325     15
+// No tile is the best for all products and numbers of tokens, so moe_kernel.py measures them on the device.
 #include "cuda_on_cpu.h"
 
 enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };  // the numbers that Python passes
@@ -65,6 +62,8 @@ template <typename T> struct Problem {
     const int64_t *gather, *scatter;  // the permutation; null if x, or y, is in permuted order already
     const int64_t* counts;
     int num_tokens, in_features, out_features;
+    float* partial_sums;              // (splits, num_tokens, out_features) in permuted order; null if splits = 1
+    int splits;                       // how many blocks share the sum of an output; each sums a part of K
 };
 
 __device__ inline float to_float(float v) { return v; }
@@ -147,11 +146,12 @@ __device__ inline TokenTile find_token_tile(int token_tile, int BM, const int64_
 }
 
 // The GPU starts blocks in the order x, y, z. The y index counts the column tiles. The token tiles are cut
-// into bands: the x index counts the token tiles of one band, and the z index counts the bands. Blocks that
+// into bands: the x index counts the token tiles of one band, and the z index counts the bands, and in each
+// band the splits. Blocks that
 // run at the same time therefore share a weight tile while it is in the L2 cache. Every column tile reads all
 // rows of x in the band again. The length of a band limits their number, so that many are still in L2.
 constexpr int BAND = 32;  // token tiles
-__device__ inline int token_tile_of_block() { return blockIdx.z * BAND + blockIdx.x; }
+__device__ inline int token_tile_of_block(int splits) { return blockIdx.z / splits * BAND + blockIdx.x; }
 
 template <typename T> struct alignas(16) Vector {  // loaded or stored by one 16-byte access
     static constexpr int SIZE = 16 / sizeof(T);
@@ -159,6 +159,8 @@ template <typename T> struct alignas(16) Vector {  // loaded or stored by one 16
 };
 
 __device__ inline float silu(float v) { return v / (1 + expf(-v)); }
+// A relative error of about 1e-6 does not matter before rounding to 16 bits, and it saves half of the instructions.
+__device__ inline float fast_silu(float v) { return __fdividef(v, 1 + __expf(-v)); }
 
 // Writes 16 bytes of one row of y, from fp32 sums. out_features is a multiple of 8, so a vector lies entirely
 // inside the row or entirely outside of it.
@@ -174,83 +176,87 @@ __device__ inline void store_vector(const Problem<T>& p, int64_t y_row, int colu
     *reinterpret_cast<Vector<T>*>(p.y + y_row * p.out_features + column) = result;
 }
 
-// ---------------------------------------------------------------- bf16 and fp16: tensor cores
+// ---------------------------------------------------------------- bf16 and fp16: what the tiles share
 
 // A block computes BM tokens x BN weight rows, BK numbers along K at a time. It consists of WARPS_M x WARPS_N
 // warps, and each warp computes a warp tile of WM x WN. Shared memory holds a ring of STAGES stages: while
-// the warps multiply one stage, cp.async fills the other STAGES - 1.
-template <int BM_, int BN_, int BK_, int WARPS_M_, int WARPS_N_, int STAGES_> struct BlockTile {
-    static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_;
+// the warps multiply one stage, cp.async fills others. BLOCKS and PENDING belong to wgmma_kernel.
+template <int BM_, int BN_, int BK_, int WARPS_M_, int WARPS_N_, int STAGES_, int BLOCKS_ = 1, int PENDING_ = 0>
+struct BlockTile {
+    static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_, BLOCKS = BLOCKS_, PENDING = PENDING_;
     static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, WM = BM / WARPS_M, WN = BN / WARPS_N;
     static constexpr int THREADS = 32 * WARPS_M * WARPS_N;
     static constexpr int STAGE_SIZE = (BM + BN) * BK, SHARED_BYTES = STAGES * STAGE_SIZE * 2;
 };
 
-// Maps a row of the weight tile in shared memory to the output column that its weights compute, counted from
-// the first column of the block. The product would allow any order. This one makes the epilogue cheap. mma
-// leaves lane l with the sums of tile rows 8g + 2q and 8g + 2q + 1 in every group g of 8 tile rows, where q
-// is l % 4. Four consecutive groups, h = 0 to 3, serve 32 columns: tile row 8h + 2q + i holds the weights of
-// column 8q + 2h + i. So the four pairs of a lane are the 8 adjacent columns 8q to 8q + 7, and one 16-byte
-// access stores them. In SwiGLU, groups of w1 alternate with groups of w3, so that the gate and the up value
-// of an output are in the same lane.
-template <bool SWIGLU> __device__ inline int column_of_weight_row(int tile_row) {
-    constexpr int MATRICES = SWIGLU ? 2 : 1;
-    const int group = tile_row / 8, h = group / MATRICES % 4, q = tile_row % 8 / 2, i = tile_row % 2;
-    return group / (4 * MATRICES) * 32 + 8 * q + 2 * h + i;
+// Which weights lie in which row of the weight tile in shared memory. The product would allow any order. This
+// one makes the epilogue cheap. mma leaves lane l with the sums of tile rows 8g + 2q and 8g + 2q + 1 in every
+// group g of 8 tile rows, where q is l % 4. Four consecutive groups, h = 0 to 3, serve 32 columns: tile row 8h
+// + 2q + i holds the weights of column 8q + 2h + i. So the four pairs of a lane are the 8 adjacent columns 8q
+// to 8q + 7, and one 16-byte access stores them. In SwiGLU, the first half of the rows of a warp is from w1 and
+// the second half from w3, so that the gate and the up value of an output are in the same lane.
+template <typename Tile, bool SWIGLU> __device__ inline bool is_row_of_w3(int tile_row) {
+    return SWIGLU && tile_row % Tile::WN >= Tile::WN / 2;
+}
+template <typename Tile, bool SWIGLU> __device__ inline int column_of_weight_row(int tile_row) {
+    constexpr int COLUMNS = SWIGLU ? Tile::WN / 2 : Tile::WN;  // of a warp
+    const int row = tile_row % COLUMNS, h = row / 8 % 4, q = row % 8 / 2, i = row % 2;
+    return tile_row / Tile::WN * COLUMNS + row / 32 * 32 + 8 * q + 2 * h + i;
 }
 
-template <typename T, typename Tile, bool SWIGLU>  // Tile: a BlockTile
-__global__ void __launch_bounds__(Tile::THREADS) gemm_kernel(const Problem<T> p) {
-    constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, STAGES = Tile::STAGES;
-    constexpr int WM = Tile::WM, WN = Tile::WN, WARPS_N = Tile::WARPS_N;
-    constexpr int MATRICES = SWIGLU ? 2 : 1;  // weight rows per output column
-    const TokenTile tokens = find_token_tile(token_tile_of_block(), BM, p.counts, p.num_tokens);
-    if (tokens.begin >= tokens.end) return;
-    const int first_column = blockIdx.y * (BN / MATRICES);
-    DYNAMIC_SHARED(T, shared);  // STAGES x (BM rows of x, then BN weight rows) x BK
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-
-    // Loading. A row of a shared-memory tile consists of 16-byte chunks. Adjacent threads load adjacent
-    // chunks of a row, and all threads together load ROWS_PER_PASS rows in one pass. A thread loads the same
-    // rows at every step along K, so it computes their addresses only once.
-    constexpr int CHUNKS = BK / 8, ROWS_PER_PASS = Tile::THREADS / CHUNKS;
+// Loading. A row of a shared-memory tile consists of 16-byte chunks. Adjacent threads load adjacent chunks of
+// a row, and all threads together load ROWS_PER_PASS rows in one pass. A thread loads the same rows at every
+// step along K, so it computes their addresses only once.
+template <typename T, typename Tile, bool SWIGLU> struct TileLoader {
+    static constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK;
+    static constexpr int CHUNKS = BK / 8, ROWS_PER_PASS = Tile::THREADS / CHUNKS;
     static_assert(BM % ROWS_PER_PASS == 0 && BN % ROWS_PER_PASS == 0 && ROWS_PER_PASS % 8 == 0,
                   "whole passes fill a tile, and row % 8, on which the swizzle depends, is the same in each");
-    const int load_row = thread / CHUNKS, load_chunk = thread % CHUNKS;
-    const T *x_sources[BM / ROWS_PER_PASS], *w_sources[BN / ROWS_PER_PASS];  // null: no such row, load zeros
-#pragma unroll
-    for (int i = 0; i < BM / ROWS_PER_PASS; i++) {
-        const int permuted_index = tokens.begin + load_row + i * ROWS_PER_PASS;
-        x_sources[i] = nullptr;
-        if (permuted_index < tokens.end && permuted_index < tokens.pads_begin)
-            x_sources[i] = p.x + (p.gather ? p.gather[permuted_index] : permuted_index) * p.in_features;
-    }
-    const T* const w1 = tokens.visual ? p.w_visual : p.w_text;
-    const T* const w3 = tokens.visual ? p.w3_visual : p.w3_text;
-#pragma unroll
-    for (int i = 0; i < BN / ROWS_PER_PASS; i++) {
-        const int tile_row = load_row + i * ROWS_PER_PASS;
-        const int column = first_column + column_of_weight_row<SWIGLU>(tile_row);
-        w_sources[i] = nullptr;
-        if (column < p.out_features)
-            w_sources[i] = (SWIGLU && tile_row / 8 % 2 ? w3 : w1) + int64_t(column) * p.in_features;
-    }
-    // The swizzle. ldmatrix reads the same chunk of 8 consecutive tile rows at once. The 32 banks of shared
-    // memory serve 128 bytes at a time, and 64 / BK tile rows fill 128 bytes. Without a swizzle, several of
-    // the 8 chunks would be in the same banks. So chunk c of tile row r is stored as chunk c ^ (r % 8 /
+    // The swizzle. ldmatrix and wgmma read the same chunk of 8 consecutive tile rows at once. The 32 banks of
+    // shared memory serve 128 bytes at a time, and 64 / BK tile rows fill 128 bytes. Without a swizzle, several
+    // of the 8 chunks would be in the same banks. So chunk c of tile row r is stored as chunk c ^ (r % 8 /
     // ROWS_PER_128_BYTES), which spreads the 8 chunks over all banks.
-    constexpr int ROWS_PER_128_BYTES = 64 / BK;
-    const int swizzled_chunk = load_chunk ^ (load_row % 8 / ROWS_PER_128_BYTES);
-    // A tile of pads alone needs no product.
-    const int num_k_tiles = tokens.begin < tokens.pads_begin ? (p.in_features + BK - 1) / BK : 0;
-    auto load = [&](int k_tile) {
+    static constexpr int ROWS_PER_128_BYTES = 64 / BK;
+
+    const T *x, *x_sources[BM / ROWS_PER_PASS], *w_sources[BN / ROWS_PER_PASS];  // null: no such row, load zeros
+    T* destination;
+    int first_k, in_features, num_k_tiles;
+
+    __device__ TileLoader(const Problem<T>& p, const TokenTile& tokens, int first_column, T* shared) {
+        const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+#pragma unroll
+        for (int i = 0; i < BM / ROWS_PER_PASS; i++) {
+            const int permuted_index = tokens.begin + row + i * ROWS_PER_PASS;
+            x_sources[i] = nullptr;
+            if (permuted_index < tokens.end && permuted_index < tokens.pads_begin)
+                x_sources[i] = p.x + (p.gather ? p.gather[permuted_index] : permuted_index) * p.in_features;
+        }
+        const T* const w1 = tokens.visual ? p.w_visual : p.w_text;
+        const T* const w3 = tokens.visual ? p.w3_visual : p.w3_text;
+#pragma unroll
+        for (int i = 0; i < BN / ROWS_PER_PASS; i++) {
+            const int tile_row = row + i * ROWS_PER_PASS;
+            const int column = first_column + column_of_weight_row<Tile, SWIGLU>(tile_row);
+            w_sources[i] = nullptr;
+            if (column < p.out_features)
+                w_sources[i] = (is_row_of_w3<Tile, SWIGLU>(tile_row) ? w3 : w1) + int64_t(column) * p.in_features;
+        }
+        x = p.x;
+        destination = shared + row * BK + (chunk ^ row % 8 / ROWS_PER_128_BYTES) * 8;
+        // Each split takes an equal part of the K tiles. A tile of pads alone needs no product.
+        const int all = (p.in_features + BK - 1) / BK, part = (all + p.splits - 1) / p.splits;
+        const int first = min(all, int(blockIdx.z % p.splits) * part);
+        num_k_tiles = tokens.begin < tokens.pads_begin ? min(all - first, part) : 0;
+        first_k = first * BK + chunk * 8;  // K is a multiple of 8, so no chunk crosses its end
+        in_features = p.in_features;
+    }
+    __device__ void operator()(int k_tile) const {
         if (k_tile < num_k_tiles) {
-            T* const stage = shared + k_tile % STAGES * Tile::STAGE_SIZE;
-            T* const destination = stage + load_row * BK + swizzled_chunk * 8;
-            const int k = k_tile * BK + load_chunk * 8;  // K is a multiple of 8, so no chunk crosses its end
+            T* const to = destination + k_tile % Tile::STAGES * Tile::STAGE_SIZE;
+            const int k = first_k + k_tile * BK;
             auto copy = [&](int tile_row, const T* source) {
-                const bool exists = source != nullptr && k < p.in_features;
-                cp_async16(destination + tile_row * BK, exists ? source + k : p.x, exists ? 16 : 0);
+                const bool exists = source != nullptr && k < in_features;
+                cp_async16(to + tile_row * BK, exists ? source + k : x, exists ? 16 : 0);
             };
 #pragma unroll
             for (int i = 0; i < BM / ROWS_PER_PASS; i++) copy(i * ROWS_PER_PASS, x_sources[i]);
@@ -259,7 +265,53 @@ __global__ void __launch_bounds__(Tile::THREADS) gemm_kernel(const Problem<T> p)
         }
         // Every call commits one group, even an empty one past the last K tile: cp_async_wait counts groups.
         cp_async_commit();
-    };
+    }
+};
+
+// The epilogue. Of every 16 tokens a lane holds two, 8 apart. Of every 32 columns it holds 8 adjacent ones
+// (see column_of_weight_row).
+template <typename Tile, bool SWIGLU, typename T>
+__device__ inline void store_tile(const Problem<T>& p, const TokenTile& tokens, int first_column,
+                                  const float (&sum)[Tile::WM / 16][Tile::WN / 8][4]) {
+    constexpr int COLUMNS = SWIGLU ? Tile::WN / 2 : Tile::WN;  // of a warp
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < Tile::WM / 16 * 2; i++) {
+        const int permuted_index = tokens.begin + warp % Tile::WARPS_M * Tile::WM + i * 8 + lane / 4;
+        if (permuted_index >= tokens.end) break;
+        const int64_t y_row = p.scatter ? p.scatter[permuted_index] : permuted_index;
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 32; j++) {
+            float result[8];
+#pragma unroll
+            for (int c = 0; c < 8; c++) {
+                const int group = j * 4 + c / 2, element = i % 2 * 2 + c % 2;
+                result[c] = sum[i / 2][group][element];
+                if (SWIGLU) result[c] = fast_silu(result[c]) * sum[i / 2][group + COLUMNS / 8][element];
+            }
+            const int column = first_column + warp / Tile::WARPS_M * COLUMNS + j * 32 + lane % 4 * 8;
+            if (!p.partial_sums) {
+                store_vector(p, y_row, column, result, permuted_index >= tokens.pads_begin);
+            } else if (column < p.out_features) {
+                const int64_t row = int64_t(blockIdx.z % p.splits) * p.num_tokens + permuted_index;
+                auto* const to = reinterpret_cast<Vector<float>*>(p.partial_sums + row * p.out_features + column);
+                to[0] = {result[0], result[1], result[2], result[3]};
+                to[1] = {result[4], result[5], result[6], result[7]};
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- bf16 and fp16: tensor cores since sm_80
+
+template <typename T, typename Tile, bool SWIGLU>  // Tile: a BlockTile
+__global__ void __launch_bounds__(Tile::THREADS) gemm_kernel(const Problem<T> p) {
+    constexpr int BM = Tile::BM, BK = Tile::BK, STAGES = Tile::STAGES, WM = Tile::WM, WN = Tile::WN;
+    const TokenTile tokens = find_token_tile(token_tile_of_block(p.splits), BM, p.counts, p.num_tokens);
+    if (tokens.begin >= tokens.end) return;
+    const int first_column = blockIdx.y * (Tile::BN / (SWIGLU ? 2 : 1));
+    DYNAMIC_SHARED(T, shared);  // STAGES x (BM rows of x, then BN weight rows) x BK
+    const TileLoader<T, Tile, SWIGLU> load(p, tokens, first_column, shared);
 
     // Multiplying. Matrix A of mma is the tile of x, and matrix B is the weight tile. sum[i][j] holds 16 x 8
     // outputs of the warp tile, from row 16i of A and row 8j of the weight tile on, spread over the lanes as
@@ -267,12 +319,13 @@ __global__ void __launch_bounds__(Tile::THREADS) gemm_kernel(const Problem<T> p)
     // their rows. For A these matrices are rows 0-7 and 8-15 of one chunk, then the same rows of the next
     // chunk. For B they are both chunks of rows 0-7, then both chunks of rows 8-15.
     float sum[WM / 16][WN / 8][4] = {};
-    const int a_row = warp / WARPS_N * WM + lane % 16;
-    const int b_row = BM + warp % WARPS_N * WN + lane / 16 * 8 + lane % 8;
-    const int swizzle = lane % 8 / ROWS_PER_128_BYTES;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int a_row = warp % Tile::WARPS_M * WM + lane % 16;
+    const int b_row = BM + warp / Tile::WARPS_M * WN + lane / 16 * 8 + lane % 8;
+    const int swizzle = lane % 8 / load.ROWS_PER_128_BYTES;
     auto multiply = [&](const T* stage) {
 #pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; chunk += 2) {  // two chunks are the 16 numbers along K of one mma
+        for (int chunk = 0; chunk < BK / 8; chunk += 2) {  // two chunks are the 16 numbers along K of one mma
             uint32_t a[WM / 16][4], b[WN / 16][4];
 #pragma unroll
             for (int i = 0; i < WM / 16; i++)
@@ -289,33 +342,96 @@ __global__ void __launch_bounds__(Tile::THREADS) gemm_kernel(const Problem<T> p)
     };
 
     for (int k_tile = 0; k_tile < STAGES - 1; k_tile++) load(k_tile);
-    for (int k_tile = 0; k_tile < num_k_tiles; k_tile++) {
+    for (int k_tile = 0; k_tile < load.num_k_tiles; k_tile++) {
         cp_async_wait<STAGES - 2>();  // this thread's copies of k_tile have arrived
         __syncthreads();              // now those of all threads have, and no thread still reads k_tile - 1
         load(k_tile + STAGES - 1);    // so this may overwrite the stage of k_tile - 1
         multiply(shared + k_tile % STAGES * Tile::STAGE_SIZE);
     }
+    store_tile<Tile, SWIGLU>(p, tokens, first_column, sum);
+}
 
-    // The epilogue. Of every 16 tokens a lane holds two, 8 apart. Of every 32 columns it holds 8 adjacent
-    // ones (see column_of_weight_row).
+// ---------------------------------------------------------------- bf16 and fp16: tensor cores of Hopper
+
+// A warp of gemm_kernel moves every number from shared memory to registers before it can multiply it, and
+// mma.sync reaches only about 60 % of what the tensor cores of an H100 can do. wgmma (sm_90a only) reads both
+// matrices from shared memory itself. One instruction multiplies 64 rows of A by up to 256 rows of B, and a
+// *warpgroup* executes it: four warps, beginning with a multiple of four. It leaves the sums in the registers
+// where mma would leave them, 16 rows in each warp. So loading and the epilogue stay as they are. New are:
+//   - The descriptor. wgmma takes a 64-bit number for each matrix: its address, the distance of two groups of 8
+//     rows, and the swizzle. Ours is the one of its modes that is named after 128 bytes, since BK = 64 numbers
+//     are 128 bytes. 16 numbers further along K are 32 bytes further, which adds 2 to the descriptor, because it
+//     counts in units of 16 bytes. The swizzle depends on bits of the address, so that is all.
+//   - wgmma is asynchronous. wgmma_commit closes a group of them, and wgmma_wait<n> waits until at most n groups
+//     are incomplete. With PENDING = 1 the tensor cores have the next group while the warps come to the
+//     barrier. Then a stage is free one step later: AHEAD counts how many K tiles are loaded ahead.
+//   - Two fences. wgmma_fence separates other uses of the sums from those by wgmma. And wgmma reads shared
+//     memory past the path by which threads write it: fence_proxy_async, executed by the thread whose copies
+//     have arrived, before the barrier, makes them visible there.
+// What limits it now is cp.async: on an H200, a multiprocessor takes 11 cycles for each 512 bytes, in any tile.
+template <typename T, typename Tile, bool SWIGLU>
+__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) wgmma_kernel(const Problem<T> p) {
+    constexpr int BM = Tile::BM, BK = Tile::BK, STAGES = Tile::STAGES, WN = Tile::WN, WARPS_M = Tile::WARPS_M;
+    constexpr int AHEAD = STAGES - 1 - Tile::PENDING;
+    static_assert(BK == 64 && Tile::WM == 16 && WARPS_M % 4 == 0, "a warpgroup computes 64 rows");
+    const TokenTile tokens = find_token_tile(token_tile_of_block(p.splits), BM, p.counts, p.num_tokens);
+    if (tokens.begin >= tokens.end) return;
+    const int first_column = blockIdx.y * (Tile::BN / (SWIGLU ? 2 : 1));
+    DYNAMIC_SHARED(T, shared);  // STAGES x (BM rows of x, then BN weight rows) x BK
+    const TileLoader<T, Tile, SWIGLU> load(p, tokens, first_column, shared);
+
+    float sum[1][WN / 8][4] = {};
+    const int first_row = threadIdx.x / 128 % (WARPS_M / 4) * 64;  // of this warpgroup
+    const int first_weight_row = threadIdx.x / 128 / (WARPS_M / 4) * WN;
+    const uint64_t a = wgmma_descriptor(shared + first_row * BK);
+    const uint64_t b = wgmma_descriptor(shared + (BM + first_weight_row) * BK);
+    int k_tile = 0;
+    auto wait_for_k_tile = [&] {
+        cp_async_wait<AHEAD - 1>();
+        fence_proxy_async();
+        __syncthreads();
+    };
+    for (int i = 0; i < AHEAD; i++) load(i);
+    // A warpgroup without tokens skips the first loop. It still loads and waits with the others.
+    const bool has_tokens = tokens.begin + first_row < min(tokens.end, tokens.pads_begin);
+    for (; k_tile < load.num_k_tiles && has_tokens; k_tile++) {
+        wait_for_k_tile();
+        wgmma_fence();
+        const int stage = k_tile % STAGES * (Tile::STAGE_SIZE / 8);  // in units of 16 bytes
 #pragma unroll
-    for (int i = 0; i < WM / 16 * 2; i++) {
-        const int permuted_index = tokens.begin + warp / WARPS_N * WM + i * 8 + lane / 4;
-        if (permuted_index >= tokens.end) break;
-        const int64_t y_row = p.scatter ? p.scatter[permuted_index] : permuted_index;
-#pragma unroll
-        for (int j = 0; j < WN / (32 * MATRICES); j++) {
-            float result[8];
-#pragma unroll
-            for (int c = 0; c < 8; c++) {
-                const int group = (j * 4 + c / 2) * MATRICES, element = i % 2 * 2 + c % 2;
-                result[c] = sum[i / 2][group][element];
-                if (SWIGLU) result[c] = silu(result[c]) * sum[i / 2][group + MATRICES - 1][element];
-            }
-            const int column = first_column + warp % WARPS_N * (WN / MATRICES) + j * 32 + lane % 4 * 8;
-            store_vector(p, y_row, column, result, permuted_index >= tokens.pads_begin);
-        }
+        for (int k = 0; k < BK / 16; k++) wgmma(T(), sum[0], a + stage + 2 * k, b + stage + 2 * k);
+        wgmma_commit();
+        load(k_tile + AHEAD);  // overwrites a stage that was free when all threads were at the barrier
+        wgmma_wait<Tile::PENDING>();
     }
+    for (; k_tile < load.num_k_tiles; k_tile++) {
+        wait_for_k_tile();
+        load(k_tile + AHEAD);
+    }
+    wgmma_wait<0>();
+    for (int j = 0; j < WN / 8; j++) not_before(sum[0][j]);
+    store_tile<Tile, SWIGLU>(p, tokens, first_column, sum);
+}
+
+// ---------------------------------------------------------------- split-K
+
+// With few tokens there are fewer block tiles than multiprocessors: w2 has 32 tiles of 64 columns. Then several
+// blocks share the sum of a tile, each over a part of K, and write their sums in fp32 to partial_sums. This
+// kernel adds them, always in the same order, so the result does not depend on which block is first. A thread
+// computes 8 outputs. The price is 4 · splits bytes of memory for every output, written once and read once.
+template <typename T> __global__ void add_partial_sums_kernel(const Problem<T> p) {
+    const int64_t size = int64_t(p.num_tokens) * p.out_features;
+    const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (first >= size) return;
+    const int permuted_index = int(first / p.out_features), column = int(first % p.out_features);
+    float sum[8] = {};
+    for (int split = 0; split < p.splits; split++) {
+        const auto* const part = reinterpret_cast<const Vector<float>*>(p.partial_sums + split * size + first);
+        const Vector<float> low = part[0], high = part[1];
+        for (int i = 0; i < 4; i++) sum[i] += low.v[i], sum[4 + i] += high.v[i];
+    }
+    store_vector(p, p.scatter ? p.scatter[permuted_index] : permuted_index, column, sum,
+                 permuted_index >= p.counts[0] + p.counts[1]);
 }
 
 // ---------------------------------------------------------------- fp32: FMAs on the CUDA cores
@@ -330,7 +446,7 @@ constexpr int F32_B = 64, F32_BK = 16, F32_STRIDE = F32_B + 4, F32_THREADS = 64;
 constexpr int F32_SHARED_BYTES = 2 * F32_BK * F32_STRIDE * 4;
 template <bool SWIGLU>
 __global__ void __launch_bounds__(F32_THREADS) gemm_fp32_kernel(const Problem<float> p) {
-    const TokenTile tokens = find_token_tile(token_tile_of_block(), F32_B, p.counts, p.num_tokens);
+    const TokenTile tokens = find_token_tile(token_tile_of_block(1), F32_B, p.counts, p.num_tokens);
     if (tokens.begin >= tokens.end) return;
     const int first_column = blockIdx.y * (SWIGLU ? F32_B / 2 : F32_B);
     DYNAMIC_SHARED(float, x_tile);  // [F32_BK][F32_STRIDE], followed by w_tile of the same shape
@@ -401,57 +517,80 @@ __global__ void __launch_bounds__(F32_THREADS) gemm_fp32_kernel(const Problem<fl
 
 static int div_up(int a, int b) { return (a + b - 1) / b; }
 
-static dim3 tile_grid(int num_tokens, int out_features, int BM, int columns_per_block) {
+static dim3 tile_grid(int num_tokens, int out_features, int BM, int columns_per_block, int splits) {
     const int num_token_tiles = div_up(num_tokens, BM) + 1;
     return dim3(min(num_token_tiles, BAND), div_up(out_features, columns_per_block),
-                div_up(num_token_tiles, BAND));
+                div_up(num_token_tiles, BAND) * splits);
 }
 
-template <typename T, typename Tile, bool SWIGLU>
-static int launch_block_tile(const Problem<T>& p, cudaStream_t stream) {
-    const auto kernel = gemm_kernel<T, Tile, SWIGLU>;
+template <typename Tile, bool SWIGLU, typename T>
+static int launch_block_tile(const Problem<T>& p, void (*kernel)(Problem<T>), cudaStream_t stream) {
     // A kernel may use more than 48 KB of shared memory only if this attribute allows it. The attribute is
     // set per device, so we set it before every launch.
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::SHARED_BYTES);
     if (error != cudaSuccess) return error;
-    const dim3 grid = tile_grid(p.num_tokens, p.out_features, Tile::BM, SWIGLU ? Tile::BN / 2 : Tile::BN);
+    const int columns = SWIGLU ? Tile::BN / 2 : Tile::BN;
+    const dim3 grid = tile_grid(p.num_tokens, p.out_features, Tile::BM, columns, p.splits);
     LAUNCH(kernel, grid, Tile::THREADS, Tile::SHARED_BYTES, stream, p);
+    if (p.partial_sums) {
+        const auto add_kernel = add_partial_sums_kernel<T>;
+        const int64_t blocks = (int64_t(p.num_tokens) * p.out_features / 8 + 127) / 128;
+        LAUNCH(add_kernel, dim3(unsigned(blocks)), 128, 0, stream, p);
+    }
     return cudaGetLastError();
 }
 
 // Large tiles load the fewest bytes from L2 per multiply-add. With few tokens, most of the time goes into
 // reading the weights. Small tiles then give every multiprocessor a block, and their ring of stages keeps
-// many bytes in flight. All tiles fit in 96 KB of shared memory, because a block on sm_89 gets at most 99 KB.
-template <bool SWIGLU> using LargeTile = BlockTile<128, 256, 32, 2, 4, 4>;
-template <bool SWIGLU> using MediumTile = BlockTile<128, 128, 32, 2, 2, 4>;
+// many bytes in flight. The tiles of gemm_kernel fit in 96 KB of shared memory, because a block on sm_89 gets
+// at most 99 KB. Two blocks of the two smaller tiles of wgmma_kernel fit in one multiprocessor.
 template <bool SWIGLU> using SmallTile = BlockTile<64, SWIGLU ? 64 : 32, 64, 4, 1, SWIGLU ? 4 : 8>;
-// The model uses AUTO. Tests and benchmarks force the others. NAIVE runs linear_naive_kernel.
-enum TileConfig { AUTO, SMALL, MEDIUM, LARGE, NAIVE };
+template <bool SWIGLU> using MediumTile = BlockTile<64, 128, 64, 2, 2, 4>;
+template <bool SWIGLU> using LargeTile = BlockTile<128, 128, 32, 2, 2, 4>;
+template <bool SWIGLU> using Hopper64x64 = BlockTile<64, 64, 64, 4, 1, 6, 2, 1>;
+template <bool SWIGLU> using Hopper64x128 = BlockTile<64, 128, 64, 4, 1, 4, 2, 0>;
+template <bool SWIGLU> using Hopper128x192 = BlockTile<128, 192, 64, 8, 1, 5, 1, 1>;
+template <bool SWIGLU> using Hopper128x256 = BlockTile<128, 256, 64, 8, 1, 4, 1, 1>;
+// AUTO chooses among the first three by a rule. moe_kernel.py knows better what is the fastest, since it has
+// measured all of them. NAIVE runs linear_naive_kernel.
+enum TileConfig { AUTO, SMALL, MEDIUM, LARGE, NAIVE, HOPPER_64x64, HOPPER_64x128, HOPPER_128x192, HOPPER_128x256 };
 
 template <bool SWIGLU, typename T>
 static int launch_gemm(const Problem<T>& p, int tile_config, cudaStream_t stream) {
+    int device = 0, multiprocessors = 0, capability = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
+    if (error != cudaSuccess) return error;
+    if (tile_config >= HOPPER_64x64 && capability != 9) return cudaErrorInvalidValue;
     if (tile_config == AUTO) {  // the largest block tile of which every multiprocessor gets at least one
-        int device = 0, multiprocessors = 0;
-        cudaError_t error = cudaGetDevice(&device);
-        if (error == cudaSuccess)
-            error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-        if (error != cudaSuccess) return error;
         auto fills_device = [&](int BM, int BN) {
             return int64_t(div_up(p.num_tokens, BM)) * div_up(p.out_features, SWIGLU ? BN / 2 : BN) >=
                    multiprocessors;
         };
-        tile_config = fills_device(128, 256) ? LARGE : fills_device(128, 128) ? MEDIUM : SMALL;
+        tile_config = fills_device(128, 128) ? LARGE : fills_device(64, 128) ? MEDIUM : SMALL;
     }
-    if (tile_config == LARGE) return launch_block_tile<T, LargeTile<SWIGLU>, SWIGLU>(p, stream);
-    if (tile_config == MEDIUM) return launch_block_tile<T, MediumTile<SWIGLU>, SWIGLU>(p, stream);
-    return launch_block_tile<T, SmallTile<SWIGLU>, SWIGLU>(p, stream);
+#define LAUNCH_TILE(CONFIG, KERNEL, TILE) \
+    case CONFIG: return launch_block_tile<TILE<SWIGLU>, SWIGLU>(p, KERNEL<T, TILE<SWIGLU>, SWIGLU>, stream);
+    switch (tile_config) {
+        LAUNCH_TILE(SMALL, gemm_kernel, SmallTile)
+        LAUNCH_TILE(MEDIUM, gemm_kernel, MediumTile)
+        LAUNCH_TILE(LARGE, gemm_kernel, LargeTile)
+        LAUNCH_TILE(HOPPER_64x64, wgmma_kernel, Hopper64x64)
+        LAUNCH_TILE(HOPPER_64x128, wgmma_kernel, Hopper64x128)
+        LAUNCH_TILE(HOPPER_128x192, wgmma_kernel, Hopper128x192)
+        LAUNCH_TILE(HOPPER_128x256, wgmma_kernel, Hopper128x256)
+    }
+    return cudaErrorInvalidValue;
 }
 
 template <bool SWIGLU>
 static int launch_gemm(const Problem<float>& p, int /*tile_config: fp32 has only one*/, cudaStream_t stream) {
     const auto kernel = gemm_fp32_kernel<SWIGLU>;
-    const dim3 grid = tile_grid(p.num_tokens, p.out_features, F32_B, SWIGLU ? F32_B / 2 : F32_B);
+    const dim3 grid = tile_grid(p.num_tokens, p.out_features, F32_B, SWIGLU ? F32_B / 2 : F32_B, 1);
     LAUNCH(kernel, grid, F32_THREADS, F32_SHARED_BYTES, stream, p);
     return cudaGetLastError();
 }
@@ -472,10 +611,13 @@ struct UntypedProblem {  // a Problem as Python passes it, with its element type
     void* y;
     const int64_t *gather, *scatter, *counts;
     int num_tokens, in_features, out_features;
+    float* partial_sums;
+    int splits;
     template <typename T> Problem<T> as() const {
         auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
         return {typed(x), typed(w_text), typed(w_visual), typed(w3_text), typed(w3_visual), typed(residual),
-                static_cast<T*>(y), gather, scatter, counts, num_tokens, in_features, out_features};
+                static_cast<T*>(y), gather, scatter, counts, num_tokens, in_features, out_features,
+                partial_sums, splits};
     }
 };
 template <bool SWIGLU>
@@ -496,12 +638,13 @@ extern "C" int moe_route(const uint8_t* expert, int64_t* permutation, int64_t* c
     return cudaGetLastError();
 }
 // gather and scatter are the permutation. Null means that x, or y and residual, is already in permuted order.
+// partial_sums is room for splits x num_tokens x out_features numbers. It may be null if splits is 1, and in fp32.
 extern "C" int moe_linear(const void* x, const void* w_text, const void* w_visual, const void* residual,
                           void* y, const int64_t* gather, const int64_t* scatter, const int64_t* counts,
                           int num_tokens, int in_features, int out_features, int dtype, int tile_config,
-                          cudaStream_t stream) {
+                          float* partial_sums, int splits, cudaStream_t stream) {
     const UntypedProblem p{x, w_text, w_visual, nullptr, nullptr, residual, y, gather, scatter, counts,
-                           num_tokens, in_features, out_features};
+                           num_tokens, in_features, out_features, partial_sums, splits};
     return launch_for_dtype<false>(p, dtype, tile_config, stream);
 }
 // x is in reading order. h is written in permuted order, since only the second half of the FFN reads it.
@@ -510,7 +653,12 @@ extern "C" int moe_swiglu(const void* x, const void* w1_text, const void* w3_tex
                           int num_tokens, int in_features, int out_features, int dtype, int tile_config,
                           cudaStream_t stream) {
     const UntypedProblem p{x, w1_text, w1_visual, w3_text, w3_visual, nullptr, h, permutation, nullptr,
-                           counts, num_tokens, in_features, out_features};
+                           counts, num_tokens, in_features, out_features, nullptr, 1};
     return launch_for_dtype<true>(p, dtype, tile_config, stream);
+}
+extern "C" int moe_driver_version() {
+    int version = 0;
+    cudaDriverGetVersion(&version);
+    return version;
 }
 extern "C" const char* moe_error_string(int code) { return cudaGetErrorString(cudaError_t(code)); }

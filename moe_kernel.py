@@ -12,8 +12,12 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import json
 import os
-import sys
+import re
+import shutil
+import subprocess
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,48 +31,59 @@ SOURCE = Path(__file__).resolve().with_name("moe_kernel.cu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}           # the values of the kernel's Dtype
 
 
+TILES = {"small": 1, "medium": 2, "large": 3, "naive": 4,                  # the kernel's TileConfig
+         "hopper64x64": 5, "hopper64x128": 6, "hopper128x192": 7, "hopper128x256": 8}
+SPLIT = 100                                        # s · SPLIT + a tile config: the sum is split in s parts
+SIZES = 64, 128, 256, 320, 512, 576, 1024, 1088, 1856, 2048, 3392, 4096    # tokens: powers of 2, 1 to 13 tiles
+
+
 # ---------------------------------------------------------------- the build
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    """One process at a time. An flock is released with its process, even if that is killed."""
+    import fcntl  # not on Windows
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
 
 def build(device: torch.device, source: Path = SOURCE) -> str:
     """Compiles with nvcc for a GPU, or with g++ and cuda_on_cpu.h for a CPU. Returns the path of the library.
 
-    torch keeps it under TORCH_EXTENSIONS_DIR. Its name changes with sources, flags, torch and GPU.
+    It is kept under TORCH_EXTENSIONS_DIR. Its name changes with the sources, the command and the GPU.
     """
-    from torch.utils import cpp_extension  # slow to import, seldom needed
-
-    try:
-        import fcntl
-    except ImportError:
-        raise RuntimeError("it needs Python's module fcntl, which Windows lacks; WSL has it") from None
-    if device.type not in ("cpu", "cuda"):
-        raise RuntimeError("it runs on NVIDIA GPUs and CPUs only")
-    flags = ["-O3"]
     if device.type == "cuda":
-        sm = "{}{}".format(*torch.cuda.get_device_capability(device))
-        flags.append(f"-gencode=arch=compute_{sm},code=sm_{sm}")
-    key = hashlib.sha256(repr((str(source), flags, torch.__version__)).encode())
+        capability = torch.cuda.get_device_capability(device)
+        sm = "90a" if capability == (9, 0) else "{}{}".format(*capability)     # "a" brings wgmma
+        folders = os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+        compiler = shutil.which("nvcc", path=os.pathsep.join(folders))
+        if compiler is None:
+            raise RuntimeError("nvcc is missing; install the CUDA toolkit, or set CUDA_HOME to its folder")
+        command = [compiler, "-Xcompiler", "-fPIC", f"-gencode=arch=compute_{sm},code=sm_{sm}"]
+    elif device.type == "cpu":
+        command = [os.environ.get("CXX", "g++"), "-x", "c++", "-fPIC"]
+    else:
+        raise RuntimeError("it runs on NVIDIA GPUs and CPUs only")
+    command += ["-std=c++17", "-O3", "-shared", str(source)]
+    key = hashlib.sha256(repr(command).encode())
     for file in source, source.with_name("cuda_on_cpu.h"):
         key.update(file.read_bytes())
-    name = f"moe_kernel_{device.type}_{key.hexdigest()[:16]}"
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root(), name)
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+    folder = folder / f"moe_kernel_{device.type}_{key.hexdigest()[:16]}"
+    library, unfinished = folder / "moe_kernel.so", folder / "unfinished.so"
+    if library.exists():
+        return str(library)                        # its folder may be read-only
     folder.mkdir(parents=True, exist_ok=True)
-    path = os.environ.get("PATH", "")
-    with open(folder / "one_builder", "w") as one_builder:
-        # torch's lock file survives a killed build, and every later build would hang. An flock is released
-        # with its process, so once we hold it we may delete a stale lock.
-        fcntl.flock(one_builder, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
-        if device.type == "cpu":           # torch without CUDA refuses a .cu, but not a .cpp that includes it
-            include, source = f'#include "{source}"\n', folder / "moe_kernel.cpp"
-            if not source.exists() or source.read_text() != include:
-                source.write_text(include)
-        try:
-            os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + path    # for ninja
-            for_compiler = "extra_cuda_cflags" if device.type == "cuda" else "extra_cflags"
-            return cpp_extension.load(name, [str(source)], build_directory=str(folder),
-                                      is_python_module=False, **{for_compiler: flags})
-        finally:
-            os.environ["PATH"] = path
+    with _locked(folder / "one_builder"):
+        if not library.exists():                   # another process may have built it meanwhile
+            compiled = subprocess.run([*command, "-o", str(unfinished)], text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT)
+            if compiled.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{compiled.stdout}")
+            unfinished.rename(library)             # a killed build leaves no half-written library
+    return str(library)
 
 
 @torch.compiler.disable
@@ -76,10 +91,12 @@ def build(device: torch.device, source: Path = SOURCE) -> str:
 def library(device: torch.device) -> ctypes.CDLL | None:
     """moe_kernel.cu for this device, built on first use. If that fails: None, and one warning says why."""
     try:
-        loaded = ctypes.CDLL(build(device))
-    except (ImportError, OSError, RuntimeError) as e:  # no setuptools, ninja or compiler, or its errors
+        path = build(device)
+        loaded = ctypes.CDLL(path)
+        loaded.folder = Path(path).parent
+    except (ImportError, OSError, RuntimeError) as e:  # no fcntl, no compiler, a folder that is read-only, ...
         lines = str(e).splitlines() or [""]
-        why = next((line for line in lines[1:] if "error" in line.lower()), lines[0])
+        why = next((line for line in lines[1:] if re.search("error:|fatal|cannot find|not found", line)), lines[0])
         warnings.warn(f"no cuda back end on {device}: moe_kernel.cu could not be built ({why})", stacklevel=3)
         return None
     if device.type == "cpu":
@@ -101,6 +118,14 @@ def launch(function: str, device: torch.device, *arguments: Tensor | int | None)
         error = getattr(loaded, function)(*pointers, ctypes.c_void_p(stream))
     if error:
         raise RuntimeError(f"{function}: {loaded.moe_error_string(error).decode()}")
+
+
+def launch_linear(y: Tensor, x: Tensor, w_text: Tensor, w_visual: Tensor, residual: Tensor | None,
+                  gather: Tensor | None, scatter: Tensor | None, counts: Tensor, tile_config: int) -> None:
+    splits = max(1, tile_config // SPLIT)
+    partial_sums = x.new_empty(splits, *y.shape, dtype=torch.float32) if splits > 1 else None
+    launch("moe_linear", x.device, x, w_text, w_visual, residual, y, gather, scatter, counts, *x.shape,
+           len(w_text), DTYPES[x.dtype], tile_config % SPLIT, partial_sums, splits)
 
 
 # ---------------------------------------------------------------- the operators
@@ -130,9 +155,9 @@ def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, co
     """x (N, K), weights (M, K) -> (N, M). x is in reading order if gather, else in permuted order; the result
     is in reading order if scatter. tile_config: 0 lets moe_kernel.cu choose, else a value of its enum."""
     y, permutation = x.new_empty(len(x), len(w_text)), _aligned(permutation)
-    launch("moe_linear", x.device, *map(_aligned, (x, w_text, w_visual, residual)), y,
-           permutation if gather else None, permutation if scatter else None, _aligned(counts), *x.shape,
-           len(w_text), DTYPES[x.dtype], tile_config)
+    tile_config = tile_config or best_tile(x.device, x.dtype, "linear", x.shape[1], len(w_text), len(x))
+    launch_linear(y, *map(_aligned, (x, w_text, w_visual, residual)), permutation if gather else None,
+                  permutation if scatter else None, _aligned(counts), tile_config)
     return y
 
 
@@ -141,6 +166,7 @@ def _swiglu(x: Tensor, w1_text: Tensor, w3_text: Tensor, w1_visual: Tensor, w3_v
             permutation: Tensor, counts: Tensor, tile_config: int) -> Tensor:
     """x (N, K) in reading order, weights (M, K) -> h = silu(x w1ᵀ) · (x w3ᵀ), (N, M), in permuted order."""
     h = x.new_empty(len(x), len(w1_text))
+    tile_config = tile_config or best_tile(x.device, x.dtype, "swiglu", x.shape[1], len(w1_text), len(x))
     launch("moe_swiglu", x.device, *map(_aligned, (x, w1_text, w3_text, w1_visual, w3_visual)), h,
            _aligned(permutation), _aligned(counts), *x.shape, len(w1_text), DTYPES[x.dtype], tile_config)
     return h
@@ -150,6 +176,182 @@ _route.register_fake(lambda expert: (expert.new_empty(expert.shape, dtype=torch.
                                      expert.new_empty(2, dtype=torch.int64)))
 _linear.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 _swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
+
+
+# ---------------------------------------------------------------- which tile, and is it right on this device?
+
+# A device's first use of a product checks every tile config against the naive kernel, and measures those that
+# are right. Both results are kept in a JSON file beside the library.
+
+def tile_configs(device: torch.device, dtype: torch.dtype, product: str) -> list[int]:
+    """What may be the fastest for a product on this device. In float32 all tiles are the same."""
+    hopper = device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)    # or its model
+    names = ["small"] if dtype == torch.float32 else ["small", "medium", "large"]
+    if dtype != torch.float32 and hopper:
+        names += ["hopper64x64", "hopper64x128", "hopper128x192", "hopper128x256"]
+    split = {"small", "medium", "hopper64x64", "hopper128x192"} if dtype != torch.float32 else {}
+    return [s * SPLIT * (s > 1) + TILES[name] for name in names
+            for s in ((1, 2, 4, 8) if product == "linear" and name in split else (1,))]
+
+
+def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int) -> str | None:
+    """What is wrong with a tile config, or None. Compares with linear_naive_kernel in float32 on the same
+    numbers: inputs with tails in every direction, outputs full of NaN before, NaN in all that belongs to one
+    expert."""
+    for n, k, m in (0, 8, 8), (1, 8, 8), (65, 200, 72), (270, 520, 264):
+        generator = torch.Generator().manual_seed(n)
+        x, *w = (torch.randn(size, k, generator=generator).to(device, dtype) for size in (n, m, m, m, m))
+        w = [weight / k ** 0.5 for weight in w]
+        expert = (torch.arange(n) * 7 // 3 % 4).clamp(max=2).to(device, torch.uint8)
+        permutation, counts = _route(expert)
+
+        def naive(a, b, order):
+            y = torch.empty(n, m, device=device)
+            launch_linear(y, x.float(), a.float(), b.float(), None, permutation, order, counts, TILES["naive"])
+            return y
+        gate, up = naive(w[0], w[1], None), naive(w[2], w[3], None)
+        visual_rows = expert[permutation] == 1
+        for spoil in False, True:
+            if spoil:                                                      # the text tokens and their expert
+                x = x.masked_fill((expert == 0)[:, None], torch.nan)
+                w[0], w[2] = w[0] * torch.nan, w[2] * torch.nan
+            y, h = (torch.full((n, m), torch.nan, device=device, dtype=dtype) for _ in range(2))
+            launch_linear(y, x, w[0], w[1], None, permutation, None, counts, tile_config)
+            results = [("linear", y, gate)]
+            if tile_config < SPLIT:
+                launch("moe_swiglu", device, x, w[0], w[2], w[1], w[3], h, permutation, counts, n, k, m,
+                       DTYPES[dtype], tile_config)
+                results.append(("swiglu", h, torch.nn.functional.silu(gate) * up))
+            for name, result, expected in results:
+                wrong = ~((result - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 1e-4)
+                wrong &= visual_rows[:, None] if spoil else True
+                if wrong.any():
+                    return f"{name} of {n} tokens, {k} to {m}: {int(wrong.sum())} of {n * m} numbers"
+    return None
+
+
+def _microseconds(device: torch.device, calls: dict, copies: int) -> dict[str, float]:
+    """Of one call of each, on the device alone: the calls of a CUDA graph do not wait for the host. calls:
+    functions of i, which use weights number i, so that no call finds its weights in the L2 cache."""
+    best = dict.fromkeys(calls, float("inf"))
+    if device.type == "cpu":
+        for choice, call in calls.items():
+            begin = time.perf_counter()
+            call(0)
+            best[choice] = (time.perf_counter() - begin) * 1e6
+        return best
+    graphs = {choice: torch.cuda.CUDAGraph() for choice in calls}
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(stream):
+        for choice, call in calls.items():
+            call(0)
+            stream.synchronize()
+            graphs[choice].capture_begin(pool=pool, capture_error_mode="thread_local")
+            for i in range(copies):
+                call(i)
+            graphs[choice].capture_end()
+        for _ in range(4):
+            for choice, graph in graphs.items():
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                best[choice] = min(best[choice], begin.elapsed_time(end) / copies * 1e3)
+    return best
+
+
+def _measure(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int, tiles: list) -> dict:
+    """{number of tokens: {choice: microseconds}}. A choice is a tile config or "torch": gather, cuBLAS,
+    scatter. 32 text tokens before and after the visual ones, as around an image."""
+    matrices = 4 if product == "swiglu" else 2
+    copies = 1 if device.type == "cpu" else 1 + (256 << 20) // (matrices * k * m * dtype.itemsize)    # 256 MB
+    weights = [[torch.randn(m, k, device=device, dtype=dtype) / k ** 0.5 for _ in range(matrices)]
+               for _ in range(copies)]
+    result = {}
+    for n in SIZES if device.type == "cuda" else SIZES[:1]:
+        x = torch.randn(n, k, device=device, dtype=dtype)
+        expert = torch.zeros(n, device=device, dtype=torch.uint8)
+        expert[32:-32] = 1
+        permutation, counts = _route(expert)
+
+        def kernel(i, tile_config, x=x, permutation=permutation, counts=counts):
+            if product == "swiglu":
+                _swiglu(x, *weights[i], permutation, counts, tile_config)
+            else:
+                _linear(x, *weights[i], permutation, counts, None, True, True, tile_config)
+
+        def gather_and_scatter(i, x=x, text=permutation[:64], visual=permutation[64:]):
+            y, half = x.new_empty(len(x), m), matrices // 2
+            for rows, w in (text, weights[i][:half]), (visual, weights[i][half:]):
+                gathered = x[rows]
+                part = gathered @ w[0].T
+                if product == "swiglu":
+                    part = torch.nn.functional.silu(part) * (gathered @ w[1].T)
+                y.index_copy_(0, rows, part)
+        calls = {str(t): functools.partial(kernel, tile_config=t) for t in tiles}
+        calls["torch"] = gather_and_scatter
+        result[n] = _microseconds(device, calls, copies)
+    return result
+
+
+@torch.compiler.disable
+@functools.cache
+def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int) -> dict:
+    """{number of tokens: {choice: microseconds}} of "linear" or "swiglu", K -> M widths, on this device. Read
+    from the file beside the library, or measured now and written there."""
+    file = library(device).folder / "measured.json"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    made_with = {"device": name, "driver": library(device).moe_driver_version(), "torch": torch.__version__}
+    key, dtype_name = f"{product} {k} to {m} {dtype}", str(dtype)
+    with _locked(file.with_suffix(".lock")):
+        try:
+            table = json.loads(file.read_text())
+            if {field: table[field] for field in made_with} != made_with:
+                raise ValueError("another device, driver or torch")
+            faults, times = table["faults"].get(dtype_name), table["microseconds"].get(key)
+            times = times and {int(n): {c: float(t) for c, t in row.items()} for n, row in times.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):    # none yet, old or damaged
+            table, faults, times = made_with | {"faults": {}, "microseconds": {}}, None, None
+        if faults is None:
+            faults = {str(t): why for t in tile_configs(device, dtype, "linear")
+                      if (why := _find_fault(device, dtype, t))}
+            for tile_config, why in faults.items():
+                warnings.warn(f"tile config {tile_config} of moe_kernel.cu is wrong on {name} ({why}) and will "
+                              f"not be used; please report this line together with {file}", stacklevel=3)
+        if times is None:
+            usable = [t for t in tile_configs(device, dtype, product) if str(t) not in faults]
+            times = _measure(device, dtype, product, k, m, usable)
+        table["faults"][dtype_name], table["microseconds"][key] = faults, times
+        with contextlib.suppress(OSError):                                 # a read-only folder: measured again
+            file.with_suffix(".new").write_text(json.dumps(table, indent=1))
+            file.with_suffix(".new").rename(file)
+    return times
+
+
+def _row(times: dict, tokens: int) -> dict:
+    """What was measured with the number of tokens that is nearest to this one, as a ratio."""
+    return times[min(times, key=lambda n: max(n, tokens) / max(1, min(n, tokens)))]
+
+
+@functools.lru_cache(4096)
+def best_tile(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int, tokens: int) -> int:
+    """The tile config that was the fastest of those that are right, or 0, which leaves the choice to
+    moe_kernel.cu: on a CPU, and while a CUDA graph is captured, when nothing can be measured."""
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        return 0
+    row = {c: t for c, t in _row(measured(device, dtype, product, k, m), tokens).items() if c != "torch"}
+    return int(min(row, key=row.get))
+
+
+def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, products) -> str:
+    """"cuda" or "torch", whichever needs less time for the products (name, K, M) of a layer together."""
+    if device.type != "cuda" or dtype not in DTYPES or library(device) is None:
+        return "torch"
+    rows = [_row(measured(device, dtype, *product), tokens) for product in products]
+    cuda = sum(min(t for choice, t in row.items() if choice != "torch") for row in rows)
+    return "cuda" if cuda < sum(row["torch"] for row in rows) else "torch"
 
 
 # ---------------------------------------------------------------- their gradients
@@ -264,3 +466,21 @@ def swiglu(x: Tensor, text: Sequence[Tensor], visual: Sequence[Tensor], permutat
     h = _swiglu(flat, *first, permutation, counts, 0)                      # stays in permuted order
     _check(h, (w2_text, w2_visual), permutation, counts)
     return _linear(h, w2_text, w2_visual, permutation, counts, None, False, True, 0).view(x.shape)
+
+
+def main() -> None:
+    """Checks and measures the products of a layer of the 2B model, and prints what was the fastest."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, (d, f) = torch.bfloat16, (2048, 8192) if device.type == "cuda" else (64, 128)
+    products = {"wqkv": ("linear", d, 2 * d), "wo": ("linear", d, d), "w1|w3": ("swiglu", d, f),
+                "w2": ("linear", f, d)}
+    print("tokens  product  fastest, microseconds; torch, microseconds")
+    tables = {name: measured(device, dtype, *product) for name, product in products.items()}
+    for n in tables["w2"]:
+        for name, table in tables.items():
+            best = min(table[n], key=table[n].get)
+            print(f"{n:6}  {name:7}  {best:>7} {table[n][best]:8.1f}; torch {table[n]['torch']:8.1f}")
+
+
+if __name__ == "__main__":
+    main()

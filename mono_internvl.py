@@ -185,7 +185,7 @@ class Routing:
         "dense", the naive reference; "torch", gather and scatter; "cuda", moe_kernel.cu; or "auto"."""
         if backend not in ("auto", "dense", "torch", "cuda"):
             raise InputError(f"unknown MoE back end {backend!r}; choose auto, dense, torch or cuda")
-        # auto is torch on every device until a GPU has measured where cuda is faster.
+        # The model chooses by measurement what auto is when it infers on a GPU. Otherwise auto is torch.
         if backend == "auto" or backend == "cuda" and moe_kernel.library(visual.device) is None:
             backend = "torch"
         self.backend, self.sizes = backend, None
@@ -555,8 +555,17 @@ class MonoInternVL(nn.Module):
         """None without images and without a mask: then the model is the plain LLM, at its speed."""
         if not has_images and attention_mask is None:
             return None
-        visual = input_ids == (self.config.img_context_token_id if has_images else -1)
-        return Routing(visual, attention_mask, self.moe)
+        visual, back_end = input_ids == (self.config.img_context_token_id if has_images else -1), self.moe
+        if back_end == "auto" and visual.is_cuda and not torch.is_grad_enabled():
+            c, wqkv = self.config, self.language_model.model["layers"][0].attention.wqkv
+            d, f = c.hidden_size, c.intermediate_size
+            products = [("swiglu", d, f), ("linear", f, d)]                # of a layer: name, K, M
+            if "qkv" in c.attn_experts:
+                products.append(("linear", d, wqkv.out_features))
+            if "qkvo" in c.attn_experts:
+                products.append(("linear", d, d))
+            back_end = moe_kernel.fastest_back_end(visual.device, wqkv.weight.dtype, visual.numel(), products)
+        return Routing(visual, attention_mask, back_end)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
                 attention_mask: Tensor | None = None, labels: Tensor | None = None,

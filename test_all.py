@@ -2811,7 +2811,8 @@ def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypat
 # ---------------------------------------------------------------- the kernel: what it computes
 
 TEXT, VISUAL, PAD = 0, 1, 2                                            # every other number means pad, too
-TILES = {"auto": 0, "small": 1, "medium": 2, "large": 3, "naive": 4}   # `enum TileConfig` in moe_kernel.cu
+TILES = {"auto": 0, **moe_kernel.TILES, **{f"{name} / {s}": moe_kernel.SPLIT * s + moe_kernel.TILES[name]
+                                           for name, s in (("small", 2), ("hopper64x64", 8))}}
 OPERATORS = torch.ops.mono_internvl
 on_every_dtype = pytest.mark.parametrize("dtype", moe_kernel.DTYPES)
 on_a_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
@@ -2873,20 +2874,27 @@ def check_kernels(labels, k, m, dtype, tile="auto", gather=True, scatter=True, a
     (rows, counts), n, device = check_route(labels), len(labels), labels.device
     x, residual, *w = random_tensors((n, k), (n, m), *[(m, k)] * 4, dtype=dtype, device=device, seed=seed)
     x64, residual64, *w64 = in_float64(x, residual, *w)
-    sizes, order = (counts, n, k, m, moe_kernel.DTYPES[dtype], TILES[tile]), rows.cpu()
+    order, tile_config, results = rows.cpu(), TILES[tile], []
     linear = linear_reference(labels, x64, w64[0], w64[1])
     linear = (linear if scatter else linear[order]) + (residual64 if add else 0)
-    launches = [("moe_linear", (x if gather else x[rows], w[0], w[1], residual if add else None),
-                 (rows if gather else None, rows if scatter else None), linear),
-                ("moe_swiglu", (x, *w), (rows,), swiglu_reference(labels, x64, *w64)[order])]
-    for i, (function, inputs, permutations, expected) in enumerate(launches[:1 if tile == "naive" else 2]):
+
+    def launch_linear(y):
+        moe_kernel.launch_linear(y, x if gather else x[rows], w[0], w[1], residual if add else None,
+                                 rows if gather else None, rows if scatter else None, counts, tile_config)
+
+    def launch_swiglu(y):
+        moe_kernel.launch("moe_swiglu", device, x, *w, y, rows, counts, n, k, m, moe_kernel.DTYPES[dtype],
+                          tile_config)
+    launches = {launch_linear: linear, launch_swiglu: swiglu_reference(labels, x64, *w64)[order]}
+    for launch, expected in [*launches.items()][:1 if tile == "naive" or "/" in tile else 2]:
         y = torch.full((n + 2, m), math.nan, dtype=dtype, device=device)
         y[[0, -1]] = 7
-        moe_kernel.launch(function, device, *inputs, y[1:-1], *permutations, *sizes)
+        with nan_in_new_memory():
+            launch(y[1:-1])
         assert_rounded(y[1:-1], expected)
-        assert y[[0, -1]].eq(7).all(), f"{function} wrote outside of its output"
-        launches[i] = y
-    return launches[:1 if tile == "naive" else 2]
+        assert y[[0, -1]].eq(7).all(), f"{launch.__name__} wrote outside of its output"
+        results.append(y)
+    return results
 
 
 @on_every_device
@@ -2898,10 +2906,11 @@ def test_launchers_equal_a_float64_reference_bitwise_alike_in_every_order_of_thr
     for seed, options in enumerate(itertools.product([False, True], repeat=3)):        # gather, scatter, add
         labels, k, m = random_labels(draw, 200, device), 8 * draw.randint(1, 80), 8 * draw.randint(1, 30)
         results = []
-        for reverse in "01":
+        for reverse, eager in "00", "10", "01":
             monkeypatch.setenv("CUDA_ON_CPU_REVERSE", reverse)
+            monkeypatch.setenv("CUDA_ON_CPU_EAGER", eager)
             results.append(check_kernels(labels, k, m, dtype, tile, *options, seed))
-        assert all(map(torch.equal, *results))
+        assert all(map(torch.equal, results[0] * 2, results[1] + results[2]))
         check_route(random_labels(draw, 3000, device))
 
 
@@ -3144,13 +3153,15 @@ def check_build(path):
     library = ctypes.CDLL(str(path))
     library.moe_error_string.restype = ctypes.c_char_p
     moe_kernel.library = lambda device: library
-    mixed = ([TEXT, VISUAL, VISUAL] * 23 + [PAD] * 80)[:140]
+    mixed = [TEXT, VISUAL, VISUAL, VISUAL, VISUAL] * 18 + [PAD] * 50
     shapes = [(torch.float32, "auto"), (torch.bfloat16, "medium"), (torch.float16, "large"),
-              (torch.bfloat16, "naive")]
-    for seed, (labels, (dtype, tile)) in enumerate(itertools.product([[], [PAD] * 3, mixed], shapes)):
-        options = seed % 2 == 0, seed // 2 % 2 == 0, seed // 4 % 2 == 0
-        check_kernels(torch.tensor(labels, dtype=torch.uint8), 168, 72, dtype, tile, *options)
-    check_kernels(torch.tensor(mixed[:70], dtype=torch.uint8), 584, 40, torch.float16, "small")
+              (torch.bfloat16, "naive"), (torch.bfloat16, "hopper64x128"), (torch.float16, "hopper128x192")]
+    for eager in "01":
+        os.environ["CUDA_ON_CPU_EAGER"] = eager
+        for seed, (labels, (dtype, tile)) in enumerate(itertools.product([[], [PAD] * 3, mixed], shapes)):
+            options = seed % 2 == 0, seed // 2 % 2 == 0, seed // 4 % 2 == 0
+            check_kernels(torch.tensor(labels, dtype=torch.uint8), 456, 72, dtype, tile, *options)
+        check_kernels(torch.tensor(mixed[:70], dtype=torch.uint8), 584, 40, torch.float16, "small / 2")
 
 
 def run_python(code, *arguments, **environment):
@@ -3177,9 +3188,16 @@ __global__ void kernel(int which, const float* in, float* out) {
     }
     if (which == 3) shared[t] = t, out[t] = shared[t / 2]; // needs a barrier, has none
     if (which == 4 && t < 40) __syncthreads();             // does not reach all threads
+    if (which == 5) cp_async16(shared + 2 * t, in, 16);    // not at multiples of 16 bytes
+    if (which == 6) {                                      // 8 rows in the same banks
+        uint32_t matrices[4];
+        ldmatrix_x4(matrices, shared + 32 * (t % 8));
+    }
 }
-extern "C" void run(int which, const float* in, float* out) {
-    LAUNCH(kernel, 1, 64, 1024, 0, which, in, out);
+extern "C" int run(int which, const float* in, float* out) {
+    const int shared_bytes = which == 7 ? 50 << 10 : 1024; // more than a kernel may use without an attribute
+    LAUNCH(kernel, 1, 64, shared_bytes, 0, which, in, out);
+    return cudaGetLastError();
 }
 """
 
@@ -3199,9 +3217,14 @@ def test_cuda_on_cpu_is_strict_where_a_gpu_is_silent(tmp_path, monkeypatch, flag
     assert torch.equal(run(3), torch.arange(64) // 2.), "first to last, a missing barrier stays hidden ..."
     monkeypatch.setenv("CUDA_ON_CPU_REVERSE", "1")
     assert run(3)[2:].isnan().all(), "... and last to first it shows"
-    died = run_python("import ctypes, sys; ctypes.CDLL(sys.argv[1]).run(4, None, None)", tmp_path / "tiny.so")
-    assert died.returncode < 0
-    assert re.search(r"diverge in block \(0, 0, 0\): thread 32 is at .*, thread 40 at the end", died.stdout)
+    monkeypatch.setenv("CUDA_ON_CPU_EAGER", "1")
+    assert run(1).eq(1).all(), "a copy may arrive before the wait"
+    assert library.run(7, None, None) != 0 and library.run(8, None, None) == 0
+    for which, message in ((4, r"diverge in block \(0, 0, 0\): thread 32 is at .*, thread 40 at the end"),
+                           (5, "misaligned"), (6, "bank conflicts")):
+        died = run_python("import ctypes, sys; ctypes.CDLL(sys.argv[1]).run(int(sys.argv[2]), None, None)",
+                          tmp_path / "tiny.so", str(which))
+        assert died.returncode < 0 and re.search(message, died.stdout)
 
 
 @pytest.mark.slow
@@ -3222,11 +3245,28 @@ PLANTED_BUGS = {                                   # name: what stands in moe_ke
     "a missing barrier": ("        __syncthreads();              // now those of", "        // now those of"),
     "a missing barrier in the scan": ("__syncthreads();  // all threads have read before any writes", ""),
     "a wait one group too short": ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    "rows off by one": ("tokens.begin + load_row + i * ROWS_PER_PASS",
-                        "tokens.begin + load_row + i * ROWS_PER_PASS + 1"),
+    "a load before the barrier": ("        cp_async_wait<STAGES - 2>();", "        load(k_tile + STAGES - 1);\n"
+                                  "        cp_async_wait<STAGES - 1>();\n        auto load = [](int) {};"),
+    "rows off by one": ("tokens.begin + row + i * ROWS_PER_PASS", "tokens.begin + row + i * ROWS_PER_PASS + 1"),
     "the wrong expert at the boundary tile": ("token_tile < num_text_tiles", "token_tile <= num_text_tiles"),
     "a column past the tail": ("if (column >= p.out_features) ret", "if (column > p.out_features) ret"),
-    "numbers past the tail of K": ("source != nullptr && k < p.in_features;", "source != nullptr;")}
+    "numbers past the tail of K": ("source != nullptr && k < in_features;", "source != nullptr;"),
+    "a misaligned slot": ("(chunk ^ row % 8 / ROWS_PER_128_BYTES) * 8;",
+                          "(chunk ^ row % 8 / ROWS_PER_128_BYTES) * 8 + 4;"),
+    "no swizzle": ("ROWS_PER_128_BYTES = 64 / BK;", "ROWS_PER_128_BYTES = 8;"),
+    "no attribute for shared memory": (
+        "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::SHARED_BYTES);",
+        "cudaSuccess;"),
+    "a split in the place of another": ("int64_t(blockIdx.z % p.splits) * p.num_tokens",
+                                        "int64_t(blockIdx.z / p.splits) * p.num_tokens"),
+    "a split that is added twice": ("p.partial_sums + split * size", "p.partial_sums + split / 2 * size"),
+    "wgmma: no fence between copies and products": ("        fence_proxy_async();\n", ""),
+    "wgmma: no fence between the sums and products": ("        wgmma_fence();\n", ""),
+    "wgmma: no wait for the last products": ("    wgmma_wait<0>();\n", ""),
+    "wgmma: a wait for copies one group too short": ("cp_async_wait<AHEAD - 1>()", "cp_async_wait<AHEAD>()"),
+    "wgmma: a copy while products still read": ("AHEAD = STAGES - 1 - Tile::PENDING;", "AHEAD = STAGES - 1;"),
+    "wgmma: a step along K too short": ("a + stage + 2 * k", "a + stage + k"),
+    "wgmma: the rows of another warpgroup": ("% (WARPS_M / 4) * 64;", "% (WARPS_M / 4) * 0;")}
 
 
 @pytest.mark.slow
