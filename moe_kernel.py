@@ -42,8 +42,10 @@ SIZES = 64, 128, 256, 320, 512, 576, 1024, 1088, 1856, 2048, 3392, 4096    # tok
 @contextlib.contextmanager
 def _locked(path: Path):
     """One process at a time. An flock is released with its process, even if that is killed."""
-    import fcntl  # not on Windows
-
+    try:
+        import fcntl
+    except ImportError:
+        raise RuntimeError("it needs Python's module fcntl, which Windows lacks; WSL has it") from None
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
