@@ -1,17 +1,24 @@
-"""The papers' benchmarks: their prompts, metrics and published scores. evaluate.py asks the questions.
+"""The papers' benchmarks: their files, prompts, metrics and published scores. evaluate.py asks the questions.
 
 Files, prompts, tiles and metrics are those of open-compass/VLMEvalKit 676301a [K], the day before the first
 paper. Comments say where the scripts of OpenGVLab/InternVL [I], which made some of the papers' numbers, and
 later commits differ. A row is a line of a TSV file: {column: text}, missing fields left out.
 In this order: the texts of a row, the metrics of a row, what they add up to, the table of benchmarks; prompt,
-score and aggregate.
+score and aggregate; the file.
 """
 import ast
+import base64
+import csv
+import io
 import re
+import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
+
+from common import InputError
 
 # ---------------------------------------------------------------- the texts of a row
 
@@ -186,6 +193,14 @@ def mathvista(row: dict, said: str) -> float | None:
     return 1.0 if right else 0.0 if judged else None
 
 
+def extract_by_rule(row: dict, said: str | None) -> dict:
+    """In place of MathVista's judge: the row with the last number of the answer as "res", unless [K] needs no
+    judge for it [ours]."""
+    if said is None or mathvista(row, said) is not None:
+        return row
+    return {**row, "res": (re.findall(r"-?\d+(?:\.\d+)?", said.replace(",", "")) or [said])[-1]}
+
+
 def judged_score(row: dict, said: str) -> float | None:
     return None if row.get("score") is None else float(row["score"])
 
@@ -261,7 +276,7 @@ def pope(rows: list[dict], scores: list) -> dict:
 class Benchmark(NamedTuple):
     name: str                                      # as in the papers' tables
     split: str
-    tiles: int                                     # most tiles of a picture, without the thumbnail
+    tiles: int | None                              # most tiles of a picture (None: the checkpoint's limit)
     prompt: str                                    # what is asked about {question}; OPTIONS: see `prompt`
     metric: Callable                               # of a row
     total: Callable                                # of all rows
@@ -274,13 +289,13 @@ class Benchmark(NamedTuple):
 SHORT = "Answer the question using a single word or phrase."
 LINE, OPTIONS = "{question}\n" + SHORT, "{question} and options"
 YES_NO = "{question} Please answer yes or no. " + SHORT
-VAL, RULE = "the papers' scores are on test", "answers extracted by rule: not comparable with the paper"
-GPT = "a GPT scores the answers: --judged FILE"
+VAL, SECRET = "the papers' scores are on test", "the answers are secret: upload the file"
+RULE, GPT = "extracted by rule: not comparable with the paper", "a GPT scores the answers: --judged FILE"
 BENCHMARKS = {file: Benchmark(*columns) for file, *columns in (
     ("MMVet", "MMVet", "test", 6, "{question}", judged_score, percent, 1024, 40.1, 54.0, GPT),
     ("MMMU_DEV_VAL", "MMMU", "validation", 12, OPTIONS, mmmu, percent, 100, 33.7, 39.1),
     ("MME", "MME", "test", 6, "{question} " + SHORT, yes_or_no_unjudged, mme, 100, 1875),
-    ("MMBench_TEST_EN", "MMBench-EN", "test", 6, OPTIONS, multiple_choice, circular, 100, 65.5, 64.0),
+    ("MMBench_TEST_EN", "MMBench-EN", "test", 6, OPTIONS, multiple_choice, circular, 100, 65.5, 64.0, SECRET),
     ("MMBench_DEV_EN", "MMBench-EN", "dev", 6, OPTIONS, multiple_choice, circular, 100, 65.5, 64.0, VAL),
     ("MathVista_MINI", "MathVista", "testmini", 6, "{question}", mathvista, percent, 1024, 45.7, None, RULE),
     ("SEEDBench_IMG", "SEED-Image", "image", 6, OPTIONS, multiple_choice, percent, 100, 67.4, 66.9),
@@ -290,14 +305,18 @@ BENCHMARKS = {file: Benchmark(*columns) for file, *columns in (
     ("TextVQA_VAL", "TextVQA", "val", 6, LINE, vqa_accuracy, percent, 100, 72.6, 73.7),
     ("ScienceQA_TEST", "SQA-I", "test", 6, OPTIONS, multiple_choice, percent, 100, 93.6),
     ("GQA_TestDev_Balanced", "GQA", "test-dev", 6, LINE, exact_match, percent, 100, 59.5),
-    ("DocVQA_TEST", "DocVQA", "test", 18, LINE, anls, percent, 100, 80.0, 81.7),
+    ("DocVQA_TEST", "DocVQA", "test", 18, LINE, anls, percent, 100, 80.0, 81.7, SECRET),
     ("DocVQA_VAL", "DocVQA", "val", 18, LINE, anls, percent, 100, 80.0, 81.7, VAL),
     ("AI2D_TEST", "AI2D", "test", 6, OPTIONS, multiple_choice, percent, 100, 68.6, 67.4),
     ("ChartQA_TEST", "ChartQA", "test", 12, LINE, relaxed_accuracy, percent, 100, 73.7, 72.2),
-    ("InfoVQA_TEST", "InfoVQA", "test", 24, LINE, anls, percent, 100, 43.0, 47.9),
+    ("InfoVQA_TEST", "InfoVQA", "test", 24, LINE, anls, percent, 100, 43.0, 47.9, SECRET),
     ("InfoVQA_VAL", "InfoVQA", "val", 24, LINE, anls, percent, 100, 43.0, 47.9, VAL),
     ("POPE", "POPE", "test", 6, "{question}", yes_or_no_unjudged, pope, 100, None, None, "in neither paper"))}
-OWN = Benchmark("your questions", "", 6, "{question}", own_question, percent, note="exact match or letters")
+OWN = Benchmark("", "own", None, "{question}", own_question, percent, note="exact match, or letters")
+# The columns that a metric or a total needs besides question and answer.
+NEEDED_COLUMNS = {circular: ("index",), mme: ("category", "image_path"), hallusion: ("index", "l2-category"),
+                  pope: ("category",), ocr_contains: ("category",),
+                  mathvista: ("question_type", "answer_type", "choices", "answer_option")}
 
 
 # ---------------------------------------------------------------- what evaluate.py calls
@@ -365,3 +384,80 @@ def aggregate(benchmark: str, rows: list[dict], predictions: list[str | None]) -
             part = [i for i, row in enumerate(rows) if row.get(column) == name]
             result["parts"][name] = total([rows[i] for i in part], [scores[i] for i in part])["score"]
     return result
+
+
+# ---------------------------------------------------------------- the file
+
+class Tsv:
+    """A benchmark's TSV file, read in one pass. rows[i] has the texts of a row. Its pictures stay in the
+    file, where `read` finds them again. Rows without a picture are left out, as in [K]. Raises InputError if
+    the file is damaged or lacks a column that this benchmark needs."""
+
+    def __init__(self, path: Path, benchmark: str):
+        csv.field_size_limit(2 ** 31 - 1)          # a picture is one field of the file
+        self.path, self.rows, self.by_index, self.left_out = path, [], {}, 0
+        self.offsets, self.checksums = [], []      # of each row: where it begins, CRC-32
+        b, records = BENCHMARKS.get(benchmark, OWN), self.records(0)
+        self.columns = [name.removeprefix("\ufeff") for name in next(records, (0, []))[1]]
+        wanted = {"question", *NEEDED_COLUMNS.get(b.total, ()), *NEEDED_COLUMNS.get(b.metric, ())}
+        wanted |= set() if b.note == SECRET else {"answer"}
+        wanted |= set() if "image_path" in self.columns else {"image"}
+        if missing := sorted(wanted - set(self.columns)):
+            raise InputError(f"{path} has no column {', '.join(missing)}; expected tab-separated text whose "
+                             f"first line names the columns, not {', '.join(self.columns)!r:.100}")
+        for offset, fields in records:
+            row = self.as_row(fields)
+            row.setdefault("index", str(len(self.rows)))
+            if b.total is circular and not row["index"].isdecimal():
+                raise InputError(f"{path}: an index is {row['index']!r:.40}, expected a number")
+            if not row.pop("image", None if "image" in self.columns else row.get("image_path")):
+                self.left_out += 1
+                continue
+            self.by_index[row["index"]] = len(self.rows)
+            self.rows.append(row)
+            self.offsets.append(offset)
+            self.checksums.append(zlib.crc32("\t".join(fields).encode()))
+        if not self.rows:
+            raise InputError(f"{path} has no row with a picture")
+
+    def records(self, offset: int) -> Iterator[tuple[int, list[str]]]:
+        """(place in the file, fields) of each record from there on. A record may be several lines long."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(offset)
+                lines = (line.decode() for line in iter(file.readline, b""))
+                reader = csv.reader(lines, delimiter="\t", strict=True)
+                # csv takes line by line, so that file.tell() is always where the next record begins.
+                while (fields := next(reader, None)) is not None:
+                    if fields:                     # not a blank line
+                        yield offset, fields
+                    offset = file.tell()
+        except OSError as e:
+            raise InputError(f"{self.path} is not readable: {e.strerror}") from None
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise InputError(f"{self.path} is damaged or was cut off: {e}, in the record that begins at byte "
+                             f"{offset}") from None
+
+    def as_row(self, fields: list[str]) -> dict[str, str]:
+        if len(fields) != len(self.columns):
+            raise InputError(f"{self.path} is damaged or was cut off: record {' '.join(fields)!r:.40} has "
+                             f"{len(fields)} columns, the header {len(self.columns)}")
+        return {name: text for name, text in zip(self.columns, fields, strict=True) if text not in MISSING}
+
+    def read(self, i: int) -> tuple[dict, list]:
+        """(row i with its image column, its pictures: open files or paths)."""
+        row = self.as_row(next(self.records(self.offsets[i]))[1])
+        if "question" not in row:
+            raise InputError("it has no question")
+        if "image" not in row:
+            return row, [self.path.parent / name for name in pictures(row)]
+        if len(row["image"]) <= 64:                # the index of another row, which has the same picture
+            other = self.by_index.get(row["image"])
+            image = "" if other is None else self.as_row(next(self.records(self.offsets[other]))[1])["image"]
+            if len(image) <= 64:
+                raise InputError(f"its image {row['image']!r} is no index of a row with a picture")
+            row["image"] = image
+        try:
+            return row, [io.BytesIO(base64.b64decode(text)) for text in pictures(row)]
+        except ValueError as e:
+            raise InputError(f"its image is not base64: {e}") from None

@@ -78,7 +78,7 @@ def parse_flags(flags: type, argv: Sequence[str] | None = None, description: str
             options |= {"type": typing.get_args(kind)[0], "nargs": "+", "action": "extend"}
         else:                                                              # int, or int | None
             options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
-        parser.add_argument("--" + f.name, **options)
+        parser.add_argument("--" + f.name.rstrip("_"), dest=f.name, **options)   # as_ is --as
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
