@@ -327,9 +327,9 @@ def print_report(results: list[dict]) -> None:
     print("\n" + columns.format("benchmark", "split", "n", "score", "2B", "1.5-2B*", "open", "at most",
                                 "unreadable", ""))
     for r in results:
-        score, v1, v15, most = ("–" if r[key] is None else f"{r[key]:.1f}" for key in
+        reached, v1, v15, most = ("–" if r[key] is None else f"{r[key]:.1f}" for key in
                                 ("score", V1, V15, "at_most"))
-        print(columns.format(r["benchmark"], r["split"], r["n"], score, v1, v15, r["open"], most,
+        print(columns.format(r["benchmark"], r["split"], r["n"], reached, v1, v15, r["open"], most,
                              len(r["unreadable"]), r["note"]))
     print("* second hand: from the tables of NEO")
     for r in results:
