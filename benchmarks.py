@@ -372,17 +372,22 @@ def scored_rows(benchmark: str, rows: list[dict]) -> list[bool]:
 def aggregate(benchmark: str, rows: list[dict], predictions: list[str | None]) -> dict:
     """{"score": as the papers print it; "n": of how many questions; "open": how many of them [K] would ask a
     GPT about; "at_most": the score if it found them all right; "parts": {split or category: its score}}. Of
-    the circular benchmarks, a question is all of its rows."""
+    the circular benchmarks, a question is all of its rows, right or wrong together."""
     total = BENCHMARKS.get(benchmark, OWN).total
     rows = [{**row, "prediction": said} for row, said in zip(rows, predictions, strict=True)]
     rows = [row for row, counts in zip(rows, scored_rows(benchmark, rows), strict=True) if counts]
     scores = [score(benchmark, row, row["prediction"]) for row in rows]
     result = {"n": len(rows), "open": scores.count(None), **total(rows, scores), "parts": {}}
     result["at_most"] = total(rows, [1.0 if s is None else s for s in scores])["score"]
-    for column in ("split", "l2-category", "category", "task"):
-        for name in sorted({row[column] for row in rows if row.get(column) is not None}):
-            part = [i for i, row in enumerate(rows) if row.get(column) == name]
-            result["parts"][name] = total([rows[i] for i in part], [scores[i] for i in part])["score"]
+    for column in ("split", "l2-category", "category", "task", "skills"):
+        members = defaultdict(list)                # POPE and MMVet separate several names by a comma
+        for i, row in enumerate(rows):
+            for names in as_list(row[column]) if row.get(column) is not None else []:
+                for name in re.split(",(?! )", names):
+                    members[name].append(i)
+        for name in sorted(members):
+            part = [{**rows[i], column: name} for i in members[name]]
+            result["parts"][name] = total(part, [scores[i] for i in members[name]])["score"]
     return result
 
 

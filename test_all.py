@@ -5,7 +5,9 @@ token at a time, routing, generation, checkpoints; then data.py, sample.py, the 
 the README, training. A name is a sentence about the system. A law holds for whatever hypothesis draws; its
 draws are the same in each run.
 """
+import base64
 import contextlib
+import csv
 import ctypes
 import faulthandler
 import functools
@@ -31,6 +33,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import tracemalloc
 import unittest.mock
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +62,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import benchmarks
 import budget
 import checkpoint
 import common
@@ -2551,6 +2555,325 @@ def test_every_planted_bug_is_found(tmp_path):
         child.join()
         passed[name] = child.exitcode == 0
     assert passed == {name: name == "nothing planted" for name in PLANTED_BUGS}
+
+
+# ---------------------------------------------------------------- the benchmarks
+
+TOOLKIT = json.loads((GOLDEN / "benchmarks.json").read_text(encoding="utf-8"))
+CHOICES = ["MMBench_DEV_EN", "MMBench_TEST_EN", "CCBench", "SEEDBench_IMG", "ScienceQA_TEST", "AI2D_TEST",
+           "MMMU_DEV_VAL"]
+TSV_OF = {"vqa_accuracy": ["TextVQA_VAL"], "anls": ["DocVQA_VAL", "DocVQA_TEST", "InfoVQA_VAL"],
+          "relaxed_accuracy": ["ChartQA_TEST"], "exact_match": ["GQA_TestDev_Balanced"],
+          "yes_no": ["MME", "HallusionBench", "POPE"], "mmmu": ["MMMU_DEV_VAL"], "ocrbench": ["OCRBench"],
+          "option": CHOICES, "mathvista": ["MathVista_MINI"]}
+TINY_MODEL = ["--model", str(HERE / "assets/tiny")]
+
+
+def as_row(fields: dict) -> dict[str, str]:
+    """As it stands in a TSV file: texts, and nothing where a field is missing."""
+    return {name: str(value) for name, value in fields.items() if value is not None}
+
+
+def base64_image(image: Image.Image) -> str:
+    image.save(file := io.BytesIO(), "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def write_tsv(path: Path, rows: list[dict]):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        table = csv.DictWriter(file, columns, delimiter="\t")
+        table.writeheader()
+        table.writerows(rows)
+
+
+@pytest.mark.parametrize("metric", TSV_OF)
+def test_a_row_is_scored_as_the_toolkit_scores_it(metric):
+    cases = [case for case in TOOLKIT["cases"] if case["metric"] == metric]
+    for case, name in itertools.product(cases, TSV_OF[metric]):
+        fields, said = case["fields"], case["prediction"]
+        row = as_row({"answer": fields.get("answers"), **fields, **fields.get("options", {})})
+        given = evaluate.score(name, row, said)
+        assert (given or 0) == pytest.approx(case.get("score", case.get("score_prefetch_only"))), case
+        if "inferred" in case or "prefetch" in case:         # false: a judge would be asked
+            assert (given is None) == (not case.get("inferred", case.get("prefetch"))), case
+        if "judge_output" in fields:
+            judged = {**row, "res": fields["judge_output"]}
+            assert evaluate.score(name, judged, said) == case["score_given_judge_output"], case
+        if "processed_prediction" in case:
+            assert benchmarks.normalize(said) == case["processed_prediction"]
+            assert list(map(benchmarks.normalize, fields["answers"])) == case["processed_answers"]
+    assert cases
+
+
+# One quirk is left out: pandas makes floats of a column of numbers. Only cut-down files have such columns.
+@pytest.mark.parametrize("case", [case for case in TOOLKIT["prompts"] + TOOLKIT["tsv"]
+                                  if "quirk" not in case], ids=lambda case: case["id"])
+def test_a_file_is_read_and_a_question_is_asked_as_the_toolkit_does(case, tmp_path, monkeypatch):
+    asked, pictures = [], [base64_image(Image.new("RGB", (8 * k, 8))) for k in range(1, 4)]
+    if "tsv" in case:
+        text = re.sub(r"(?m)^(?=\d+\t)", pictures[0] + "\t", case["tsv"])
+        (tmp_path / "a.tsv").write_text("image\t" + text)
+    else:
+        pictures = pictures[:case["n_images"]]
+        columns = "answer category l2-category image_path question_type answer_type choices answer_option"
+        write_tsv(tmp_path / "a.tsv", [{**dict.fromkeys(columns.split(), "1"), **case["row"],
+                                        "image": pictures[0] if len(pictures) == 1 else repr(pictures)}])
+    tsv = benchmarks.Tsv(tmp_path / "a.tsv", case["benchmark"])
+
+    def record(model, tok, tiles, text):
+        asked.append((text, tiles))
+        raise InputError("enough")
+
+    monkeypatch.setattr(evaluate, "make_sample", record)
+    monkeypatch.setattr(evaluate, "load_image", lambda picture, max_tiles, image_size: (
+        data.open_image(picture).width, max_tiles))
+    evaluate.answer_window(SimpleNamespace(config=SMALL), TOK, tsv, range(len(tsv.rows)), case["benchmark"],
+                           evaluate.Flags(), unittest.mock.Mock())
+    tiles = [(8 * k * (1 + image["upscale"]), image["max_tiles"]) for k, image in enumerate(case["tiles"], 1)
+             ] if "tiles" in case else [(8, 6)]
+    assert asked == [(prompt, tiles) for prompt in case.get("prompts", [case.get("prompt")])]
+
+
+@pytest.mark.parametrize("case", TOOLKIT["aggregates"], ids=lambda case: case["id"])
+def test_rows_add_up_to_the_toolkits_numbers(case):
+    rows, wanted = list(map(as_row, case["rows"])), case["result"]
+    if "quirk" in case:                            # a spreadsheet made nan of "" and None, which stay texts
+        wanted = {"Overall": 100 * sum(row["prediction"].lower() in row["answer"] for row in rows[1:]) / 2}
+    found = evaluate.aggregate(case["benchmark"], rows, [row["prediction"] for row in rows])
+    mine = {**found, **found["parts"], "reasoning": found.get("cognition"),
+            "Final Score Norm": found["score"] / 10,
+            **dict.fromkeys(("Overall", "Final Score", "MME_sum", "HallB_avg"), found["score"])}
+    mine["Text Recognition"] = sum(value for name, value in found["parts"].items()
+                                   if re.search("Handwriting|(Text|String) Recognition", name))
+    if case["benchmark"] in CHOICES:               # fractions, for each split
+        wanted = next(wanted[split] for split in ("validation", "dev", "none") if split in wanted)
+        names = {"CP": "coarse_perception", "LR": "logic_reasoning", "RR": "relation_reasoning"}
+        wanted = {names.get(name, name): 100 * value for name, value in wanted.items()}
+    if case["benchmark"] == "HallusionBench":
+        assert {name: found[name] for name in ("aAcc", "fAcc", "qAcc")} == pytest.approx(wanted["Overall"])
+    if case["benchmark"] == "MMVet":               # [K] counts questions of one capability twice in its part
+        wanted = {"Overall": wanted["Overall"]}
+    for name, value in {**wanted, **case.get("paper_number", {})}.items():
+        if isinstance(value, dict):                # several numbers: find the one that we give
+            value = value.get("Overall", value.get("acc", sum(value.values()) / 3))
+        assert mine[name] == pytest.approx(value), name
+
+
+WORDS = "A B C D Z yes no Yes. 1,000 3.5% 0 12 14. nan inf the dont somebody'd cat cat! ß 是 [1] ['a']".split()
+SAID = st.text(max_size=9) | st.lists(st.sampled_from(WORDS), max_size=4).map(" ".join)
+ROWS = st.fixed_dictionaries(
+    {"question": SAID, "answer": SAID | st.sampled_from("ABCD") | st.lists(SAID, max_size=3).map(repr),
+     "index": st.integers(0, 3).map(lambda i: f"{i % 2 * 1_000_000 + i // 2}"), "A": SAID, "category": SAID},
+    optional={"B": SAID, "C": SAID, "D": SAID, "l2-category": SAID, "image_path": st.sampled_from("ab"),
+              "split": st.sampled_from(["dev", "validation"]), "score": st.sampled_from(["0.5", "1.0"]),
+              "question_type": st.sampled_from(["multi_choice", "free_form"]), "choices": st.just("['a', '12']"),
+              "answer_type": st.sampled_from(["integer", "float", "text", "list"]), "answer_option": SAID})
+NAMES = st.sampled_from([*benchmarks.BENCHMARKS, "questions of your own"])
+
+
+@settings(max_examples=300)
+@given(NAMES, ROWS, SAID)
+def test_any_answer_scores_between_0_and_1_or_is_left_open(name, row, said):
+    given = evaluate.score(name, row, said)
+    assert given is None or 0 <= given <= 1
+    assert evaluate.score(name, row, None) == 0              # what could not be asked
+    assert benchmarks.anls({**row, "answer": repr([said, "x"])}, said) == 1
+    words = re.sub("[^a-z0-9' ]", "", said)                  # without marks, which vanish step by step
+    assert benchmarks.normalize(benchmarks.normalize(words)) == benchmarks.normalize(words)
+
+
+@settings(max_examples=150)
+@given(NAMES, st.lists(st.tuples(ROWS, SAID), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_no_total_depends_on_the_order_of_rows_and_a_judge_can_only_raise_it(name, pairs, rng):
+    def total(name, pairs):
+        return evaluate.aggregate(name, *map(list, zip(*pairs, strict=True)))
+
+    found, again = total(name, pairs), total(name, rng.sample(pairs, len(pairs)))
+    assert found.pop("parts") == pytest.approx(again.pop("parts")) and found == pytest.approx(again)
+    assert found["at_most"] >= found["score"] - 1e-9
+    choices = [({**row, "answer": "A", "split": ""}, said) for row, said in pairs]
+    judged = [(row, "A" if evaluate.score("CCBench", row, said) is None else said) for row, said in choices]
+    assert total("CCBench", judged)["score"] == pytest.approx(total("CCBench", choices)["at_most"])
+    rotations = [({**row, "index": str(k + i * 10 ** 6)}, rng.choice([said, "A"]))
+                 for k, (row, said) in enumerate(choices) for i in range(3)]
+    assert total("CCBench", rotations)["score"] <= total("AI2D_TEST", rotations)["score"] + 1e-9
+
+
+def world_rows(task: str, n: int, layout: str, shown=lambda image: image) -> list[dict]:
+    """Held-out questions of the embedded world, laid out like the rows of a benchmark."""
+    rows = []
+    for i, (picture, question, truth) in enumerate(world.held_out_questions(task, n)):
+        row = {"index": i, "image": base64_image(shown(picture.image)), "question": question, "answer": truth}
+        if layout == "TextVQA_VAL":
+            row["answer"] = repr([truth] * 10)
+        elif layout == "MMBench_DEV_EN":
+            names = random.Random(i).sample(list(world.COLORS), 6)
+            row |= dict(zip("ABCDEF", names, strict=True))
+            row["answer"] = "ABCDEF"[names.index(truth.split()[-1].strip("."))]
+        elif layout == "MME":
+            row |= {"answer": truth.split()[-1].strip(".").title(), "category": "position", "image_path": i}
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.slow
+def test_questions_about_the_world_score_in_any_layout_as_they_do_directly(tmp_path, monkeypatch):
+    tasks, n = {"color": "MMBench_DEV_EN", "position": "TextVQA_VAL", "relation": "MME", "sign": "own"}, 75
+    monkeypatch.setattr(evaluate, "TASKS", {task: world.TASKS[task] for task in tasks})
+    model = MonoInternVL.from_pretrained(HERE / "assets/tiny").eval()
+    table, _ = evaluate.world_accuracy(model, Tokenizer(HERE / "assets/tiny"), n)
+    for column, shown in (("accuracy", lambda image: image), ("blank", evaluate.blank)):
+        for task, name in tasks.items():
+            write_tsv(tmp_path / f"{name}.tsv", world_rows(task, n, name, shown))
+        files, out = [str(tmp_path / f"{name}.tsv") for name in tasks.values()], tmp_path / column
+        assert evaluate.main([*TINY_MODEL, "--plain", f"--out={out}", "--benchmark", *files]) == 0
+        results = json.loads((out / "report.json").read_text())
+        for (task, row), result in zip(table.items(), results, strict=False):
+            assert result["n"] == n and not result["unreadable"]
+            score = result["score"] / (200 if task == "relation" else 100)       # MME: acc and acc+
+            assert score == pytest.approx(row[column], abs=0.05 if column == "accuracy" else 0.1)
+            assert column == "accuracy" or score == pytest.approx(row["chance"], abs=0.15)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_benchmark_that_was_stopped_anywhere_ends_with_the_same_files(tmp_path, monkeypatch, capsys):
+    write_tsv(tmp_path / "own.tsv", [*world_rows("color", 12, ""), *world_rows("sign", 9, "")])
+
+    def run(out, *flags):
+        return evaluate.main([*TINY_MODEL, "--plain", "--batch_size=2", f"--out={tmp_path / out}",
+                              "--benchmark", str(tmp_path / "own.tsv"), *flags])
+
+    assert run("whole") == 0
+    whole, rng, answer_batch = files_in(tmp_path / "whole"), random.Random(0), evaluate.answer_batch
+    assert set(whole) == {"own.jsonl", "report.json", "report.png"}
+    for stop in range(1, 11, 2):                   # Ctrl-C in a batch; then a crash loses the end of the file
+        calls = itertools.count(1)
+        monkeypatch.setattr(evaluate, "answer_batch", lambda *a, stop=stop, calls=calls: (
+            answer_batch(*a) if next(calls) < stop else (_ for _ in ()).throw(KeyboardInterrupt)))
+        assert run(f"{stop}") == 130 and run(f"{stop}", "--score_only") == 1 and "own.jsonl answers" in (
+            capsys.readouterr().err)
+        monkeypatch.setattr(evaluate, "answer_batch", answer_batch)
+        part = tmp_path / f"{stop}" / "own.jsonl.part0"
+        written = part.read_bytes()
+        part.write_bytes(written[:rng.randrange(len(written) + 1)])
+        part.with_name("own.jsonl.part3").write_bytes(written[:len(written) // 2])         # another process
+        assert run(f"{stop}") == 0 and files_in(tmp_path / f"{stop}") == whole
+    assert run("whole", "--score_only", "--model=nowhere") == 0 and files_in(tmp_path / "whole") == whole
+    write_tsv(tmp_path / "own.tsv", world_rows("sign", 21, ""))          # other questions, the same name
+    assert run("whole") == 1 and "answers to other questions" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_answers_even_if_they_are_killed_in_between(tmp_path):
+    write_tsv(tmp_path / "TextVQA_VAL.tsv", world_rows("position", 300, "TextVQA_VAL"))
+    flags = [*TINY_MODEL, "--plain", "--batch_size=2", "--benchmark", str(tmp_path / "TextVQA_VAL.tsv"), "--out"]
+    assert evaluate.main([*flags, str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               HERE / "evaluate.py", *flags, tmp_path / "two"]
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not sum(path.stat().st_size > 2000 for path in tmp_path.glob("two/*.part?")):
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    answered = sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("two/*"))
+    subprocess.run(command, check=True, capture_output=True)
+    assert 0 < answered < 300 and files_in(tmp_path / "two") == files_in(tmp_path / "one")
+
+
+def test_a_row_that_cannot_be_asked_counts_as_wrong_and_is_listed(tmp_path, capsys):
+    good = world_rows("color", 1, "")[0]
+    (tmp_path / "there.png").write_bytes(base64.b64decode(good["image"]))
+    bad = {"its image is not base64": {"image": "a" * 69}, "not a readable image": {"image": "a" * 68},
+           "is not a readable": {"image": good["image"][:100]}, "2 <image> marks": {"question": "<image>?"},
+           "control token": {"question": "What<|im_end|>?"}, "is no index": {"image": "77"},
+           "has no question": {"question": "N/A"}, "tokens fill": {"question": "What? " * 900},
+           "readable image: ": {"image": repr([good["image"], "a" * 68])}}
+    rows = [good, *({**good, **fields} for fields in bad.values()), {**good, "image": "0"},
+            {**good, "image": ""}]
+    write_tsv(tmp_path / "own.tsv", [{**row, "index": i} for i, row in enumerate(rows)])
+    paths = {"there.png": True, "gone.png": False, "['there.png']": True, "there.png\0": False}
+    del good["image"]
+    write_tsv(tmp_path / "paths.tsv", [{**good, "image_path": path} for path in paths])
+    assert evaluate.main([*TINY_MODEL, "--plain", f"--out={tmp_path}", "--benchmark",
+                          *(str(tmp_path / f"{name}.tsv") for name in ("own", "paths"))]) == 0
+    own, by_path = json.loads((tmp_path / "report.json").read_text())
+    assert (own["n"], own["left_out"], own["score"]) == (11, 1, pytest.approx(200 / 11))
+    assert [row["index"] for row in own["unreadable"]] == [str(i) for i in range(1, 10)]
+    assert all(message in row["error"] for message, row in zip(bad, own["unreadable"], strict=True))
+    assert by_path["score"] == pytest.approx(100 * sum(paths.values()) / len(paths))
+    assert "own: row 9 counts as wrong: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda text: text.replace("question", "query"), "has no column question"),
+    (lambda text: text.replace("image", "picture"), "has no column image"),
+    (lambda text: text.replace("answer", "reply"), "has no column answer"),
+    (lambda text: text.replace("index", "number"), "has no column index"),
+    (lambda text: text[:len(text) * 3 // 4], "damaged or was cut off"),
+    (lambda text: text.rstrip() + '\t"A', "damaged or was cut off"),
+    (lambda text: text.replace("\t", ","), "has no column"),
+    (lambda text: text.replace("\n0\t", "\nzero\t"), "expected a number"),
+    (lambda text: text.splitlines()[0], "no row with a picture"), (lambda text: "", "has no column"),
+    (lambda text: "\x00\n" + text, "has no column"), (lambda text: None, "No such file")])
+def test_a_damaged_file_is_named_in_one_line(damage, message, tmp_path, capsys):
+    write_tsv(tmp_path / "MMBench_DEV_EN.tsv", world_rows("color", 3, "MMBench_DEV_EN"))
+    text = damage((tmp_path / "MMBench_DEV_EN.tsv").read_text())
+    (tmp_path / "MMBench_DEV_EN.tsv").unlink() if text is None else (
+        tmp_path / "MMBench_DEV_EN.tsv").write_text(text)
+    assert evaluate.main([*TINY_MODEL, f"--out={tmp_path}", "--benchmark",
+                          str(tmp_path / "MMBench_DEV_EN.tsv")]) == 1
+    assert re.fullmatch(f"error: .*MMBench_DEV_EN.tsv.*{message}.*\n", capsys.readouterr().err)
+
+
+def test_pictures_are_not_held_in_memory(tmp_path):
+    write_tsv(tmp_path / "MME.tsv", [{"index": i, "image": "x" * 500_000, "question": "Q", "answer": "Yes",
+                                      "category": "OCR", "image_path": i} for i in range(60)])
+    tracemalloc.start()
+    tsv = benchmarks.Tsv(tmp_path / "MME.tsv", "MME")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(tsv.rows) == 60 and held < 100_000 and peak < 10 * 500_000
+    assert tsv.read(59)[0]["image"] == "x" * 500_000
+
+
+def test_the_report_has_what_servers_and_judges_take_and_gives_their_verdict(tmp_path, monkeypatch, capsys):
+    picture, said = base64_image(Image.new("RGB", (48, 48))), iter([])
+    monkeypatch.setattr(evaluate, "answer_batch", lambda model, tok, batch, tokens: [
+        tok.encode(next(said), bos=False) for _ in batch])
+
+    def run(name, texts, *flags, **columns):
+        nonlocal said
+        said = iter(texts)
+        write_tsv(tmp_path / f"{name}.tsv", [{"index": i, "image": picture, "question": "Q", **columns}
+                                             for i in range(len(texts))])
+        assert evaluate.main([*TINY_MODEL, "--plain", f"--out={tmp_path}", *flags, "--benchmark",
+                              str(tmp_path / f"{name}.tsv")]) == 0
+        result, = json.loads((tmp_path / "report.json").read_text())
+        printed = "–" if result["score"] is None else f"{result['score']:.1f}"
+        assert re.search(rf" {len(texts)} +{printed} .*{re.escape(result['note'])}", capsys.readouterr().out)
+        return result
+
+    assert run("MMBench_TEST_EN", ["A", "two\nlines"], A="cat", B='"dog"')["score"] is None
+    assert (tmp_path / "MMBench_TEST_EN.csv").read_text() == (
+        'index,question,A,B,C,D,prediction\n0,Q,cat,"""dog""",,,A\n1,Q,cat,"""dog""",,,"two\nlines"\n')
+    assert run("InfoVQA_TEST", ["12 %"])["score"] is None
+    assert json.loads((tmp_path / "InfoVQA_TEST.json").read_text()) == [{"questionId": 0, "answer": "12 %"}]
+    assert run("DocVQA_VAL", ["abxd", "?"], answer="['abcd', 'x']")["score"] == 37.5
+    assert run("MMVet", ["long", "short"], answer="A", category="ocr")["score"] is None
+    assert json.loads((tmp_path / "MMVet.json").read_text()) == {"v1_0": "long", "v1_1": "short"}
+    (tmp_path / "judged.json").write_text('{"v1_0": 0.5, "v1_1": {"score": [1.0, 0.8], "model": ["gpt-4"]}}')
+    judged = run("MMVet", ["long", "short"], "--score_only", f"--judged={tmp_path / 'judged.json'}",
+                 answer="A", category="ocr")
+    assert (judged["score"], judged["open"], judged["Mono-InternVL-2B"]) == (pytest.approx(70), 0, 40.1)
+    by_rule = run("MathVista_MINI", ["so it is 14.", "0", "no"], answer="14", question_type="free_form",
+                  answer_type="integer", choices="", answer_option="")
+    assert by_rule["score"] == pytest.approx(100 / 3) and "by rule" in by_rule["note"]
 
 
 # ---------------------------------------------------------------- the embedded world
