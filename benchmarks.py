@@ -55,7 +55,7 @@ STEMS = {"n't": "ai are ca could did does do had has have is might must need oug
                 "would",
          "'ve": "could might must should would not they we what where who you",
          "'ll": "how it somebody someone something they what who why you",
-         "'s": "he how somebody someone something that there what when where who why",
+         "'s": "he how somebody someone that there what when where who why",
          "'re": "there they what why you",
          "'d": "he how it someone something there they where who you",
          "n't've": "could had might should would",
