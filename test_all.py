@@ -2660,14 +2660,14 @@ def test_rows_add_up_to_the_toolkits_numbers(case):
         assert mine[name] == pytest.approx(value), name
 
 
-WORDS = "A B C D Z yes no Yes. 1,000 3.5% 0 12 14. nan inf the dont somebody'd cat cat! ß 是 [1] ['a']".split()
+WORDS = "A B C D Z yes no Yes. 1,000 3.5% 0 12 14. nan inf the dont somebody'd cat cat! ß 是 [1]".split()
 SAID = st.text(max_size=9) | st.lists(st.sampled_from(WORDS), max_size=4).map(" ".join)
 ROWS = st.fixed_dictionaries(
     {"question": SAID, "answer": SAID | st.sampled_from("ABCD") | st.lists(SAID, max_size=3).map(repr),
      "index": st.integers(0, 3).map(lambda i: f"{i % 2 * 1_000_000 + i // 2}"), "A": SAID, "category": SAID},
     optional={"B": SAID, "C": SAID, "D": SAID, "l2-category": SAID, "image_path": st.sampled_from("ab"),
               "split": st.sampled_from(["dev", "validation"]), "score": st.sampled_from(["0.5", "1.0"]),
-              "question_type": st.sampled_from(["multi_choice", "free_form"]), "choices": st.just("['a', '12']"),
+              "question_type": st.sampled_from(["multi_choice", "free_form"]), "choices": st.just("['a', '1']"),
               "answer_type": st.sampled_from(["integer", "float", "text", "list"]), "answer_option": SAID})
 NAMES = st.sampled_from([*benchmarks.BENCHMARKS, "questions of your own"])
 
@@ -2770,7 +2770,7 @@ def test_a_benchmark_that_was_stopped_anywhere_ends_with_the_same_files(tmp_path
 @pytest.mark.slow
 def test_two_processes_write_the_same_answers_even_if_they_are_killed_in_between(tmp_path):
     write_tsv(tmp_path / "TextVQA_VAL.tsv", world_rows("position", 300, "TextVQA_VAL"))
-    flags = [*TINY_MODEL, "--plain", "--batch_size=2", "--benchmark", str(tmp_path / "TextVQA_VAL.tsv"), "--out"]
+    flags = [*TINY_MODEL, "--plain", "--batch_size=2", f"--benchmark={tmp_path / 'TextVQA_VAL.tsv'}", "--out"]
     assert evaluate.main([*flags, str(tmp_path / "one")]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                HERE / "evaluate.py", *flags, tmp_path / "two"]
@@ -2874,6 +2874,30 @@ def test_the_report_has_what_servers_and_judges_take_and_gives_their_verdict(tmp
     by_rule = run("MathVista_MINI", ["so it is 14.", "0", "no"], answer="14", question_type="free_form",
                   answer_type="integer", choices="", answer_option="")
     assert by_rule["score"] == pytest.approx(100 / 3) and "by rule" in by_rule["note"]
+
+
+def test_the_recipe_for_vlmevalkit_answers_as_evaluate_does(tmp_path, monkeypatch):
+    class InternVLChat:                            # what it does with a message [K: generate_v2]
+        def __init__(self):
+            raise AssertionError("this would load the model through transformers")
+
+        def generate_inner(self, message):
+            question, picture = (part["value"] for part in message)
+            tiles = load_image(picture, 6, 48).to(self.device)
+            return self.model.chat(self.tokenizer, pixel_values=tiles, num_patches_list=[len(tiles)],
+                                   question="<image>\n" + question, generation_config=self.kwargs, verbose=False)
+
+    for name in ("vlmeval", "vlmeval.vlm", "vlmeval.vlm.internvl_chat"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(InternVLChat=InternVLChat))
+    exec(recipe("VLMEvalKit's other benchmarks"), scope := {})
+    model = scope["MonoInternVLChat"](HERE / "assets/tiny", "cpu", torch.float32, max_new_tokens=100)
+    rows = [*world_rows("position", 2, ""), *world_rows("sign", 2, "")]
+    write_tsv(tmp_path / "own.tsv", rows)
+    assert evaluate.main([*TINY_MODEL, "--plain", f"--out={tmp_path}",
+                          f"--benchmark={tmp_path / 'own.tsv'}"]) == 0
+    said = [json.loads(line)["prediction"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert said == [model.generate_inner([{"value": row["question"]}, {
+        "value": io.BytesIO(base64.b64decode(row["image"]))}]) for row in rows]
 
 
 # ---------------------------------------------------------------- the embedded world
@@ -3041,11 +3065,13 @@ def newcomer(short_run, tmp_path, monkeypatch):
     shutil.copytree(short_run, tmp_path / "out" / "evip++")
     shutil.copytree(short_run / "S2", tmp_path / "Mono-InternVL-2B")       # in place of the official one
     shutil.copytree(short_run / "S1.3", tmp_path / "FOLDER")
-    language_model(tmp_path / "internlm2-chat-1_8b", Tokenizer(short_run / "S0"), "internlm2")
+    language_model(tmp_path / "internlm2-chat-1_8b", Tokenizer(short_run / "S0"), "internlm2", 0)
     shutil.copytree(HERE / "assets", tmp_path / "assets")
     shutil.copy(PICTURE, tmp_path / "photo.jpg")
     write_conversations(tmp_path, 0, 4)
     (tmp_path / "questions.jsonl").write_text('{"image": "photo.jpg", "question": "What is this?"}')
+    for task, name in ("color", "TextVQA_VAL"), ("relation", "MME"), ("count", "ChartQA_TEST"):
+        write_tsv(tmp_path / f"{name}.tsv", world_rows(task, 2, name))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
     return tmp_path
@@ -3056,7 +3082,7 @@ def newcomer(short_run, tmp_path, monkeypatch):
 def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd):
     words = shlex.split(command)
     if words[0] == "torchrun":                               # as one process
-        words = ["python", *words[words.index("train_evip.py"):]]
+        words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")):]]
     if words[1] == "-m":                                     # these tests themselves
         assert words[2] == "pytest" and words[-1] == Path(__file__).name
     elif words[1] == "budget.py":
@@ -3082,7 +3108,8 @@ def test_the_model_that_comes_along_answers_as_the_readme_says(monkeypatch, caps
 def test_the_files_and_sections_that_are_named_exist(text):
     yours = {"meta.json", "lines.jsonl", "log.jsonl", "questions.jsonl", "loss.png", "predictions.png",
              "tokenizer.model", "tokenizer.json", "0001.jpg", "0001.json", "0001.txt", "out/evip++/",
-             "tensorboard/"}
+             "tensorboard/", "report.json", "report.png", "out/benchmarks/", "vlmeval/vlm/mono_internvl.py",
+             "vlmeval/vlm/__init__.py", "vlmeval/config.py"}
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
     named = {*re.findall(r"\]\((?!http|#)([^)#]+)\)", prose),
              *re.findall(r"`([\w./+-]+(?:\.(?:py|cu|h|jsonl?|png|npz|ipynb|md|txt|model|jpg)|/))`", prose)}
