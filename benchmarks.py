@@ -1,8 +1,10 @@
 """The papers' benchmarks: their files, prompts, metrics and published scores. evaluate.py asks the questions.
 
 Files, prompts, tiles and metrics are those of open-compass/VLMEvalKit 676301a [K], the day before the first
-paper. Comments say where the scripts of OpenGVLab/InternVL [I], which made some of the papers' numbers, and
-later commits differ. A row is a line of a TSV file: {column: text}, missing fields left out.
+paper. Comments say where later commits and the scripts of OpenGVLab/InternVL [I], from which some of the
+papers' numbers may come, differ. [K] stores pictures as JPEG before it asks about them, and answers in a
+spreadsheet, which makes nan of an empty one; neither is done here [ours].
+A row is a line of a TSV file: {column: text}, missing fields left out.
 In this order: the texts of a row, the metrics of a row, what they add up to, the table of benchmarks; prompt,
 score and aggregate; the file.
 """
@@ -67,7 +69,8 @@ APOSTROPHES = {word[:i] + word[i + 1:]: word
 
 
 def without_punctuation(text: str) -> str:
-    """The VQA script's: marks become blanks, or nothing beside a blank or if the text has a 1,000."""
+    """The VQA script's: marks become blanks, or nothing beside a blank or if the text has a 1,000. Full stops
+    vanish, but not before a digit [K since 2025-05: nor after one]."""
     thousands, result = re.search(r"\d,\d", text), text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         joins = thousands or mark + " " in text or " " + mark in text
@@ -82,7 +85,7 @@ def normalize(text: str) -> str:
     return " ".join(APOSTROPHES.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
-def vqa_accuracy(row: dict, said: str) -> float:
+def vqa(row: dict, said: str) -> float:
     """Ten people answered. Leaving out each in turn, an answer that three of the others gave is right."""
     said, given = normalize(said), [normalize(answer) for answer in answers(row)]
     return sum(min(1, (given.count(said) - (answer == said)) / 3) for answer in given) / len(given)
@@ -109,8 +112,8 @@ def anls(row: dict, said: str) -> float:
     return similarity if similarity >= 0.5 else 0.0
 
 
-def relaxed_accuracy(row: dict, said: str) -> float:
-    """Numbers may differ by 5 %: of what the model said, as [K] and [I] swap the two; [K] until 2025-09."""
+def relaxed(row: dict, said: str) -> float:
+    """Numbers may differ by 5 %: of what the model said, because [K], until 2025-09, and [I] swap the two."""
     def number(text):
         try:
             return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
@@ -126,19 +129,19 @@ def relaxed_accuracy(row: dict, said: str) -> float:
     return float(any(map(right, answers(row))))
 
 
-def exact_match(row: dict, said: str) -> float:
+def exact(row: dict, said: str) -> float:
     """[I] also drops a full stop at the end of what was said."""
     return float(said.strip().lower() in [answer.strip().lower() for answer in answers(row)])
 
 
-def yes_or_no(row: dict, said: str) -> float | None:
+def yes_no_judged(row: dict, said: str) -> float | None:
     found = {"yes", "no"} & set(without_punctuation(said.lower()).split())
     return float(found == {row["answer"].lower()}) if len(found) == 1 else None
 
 
-def yes_or_no_unjudged(row: dict, said: str) -> float:
-    """[I], which made the papers' MME, looks for yes or no in the first four characters."""
-    return yes_or_no(row, said) or 0.0
+def yes_no(row: dict, said: str) -> float:
+    """Neither or both is wrong. [I] looks for yes, then for no, in the first four characters."""
+    return yes_no_judged(row, said) or 0.0
 
 
 def letter(said: str, choices: dict[str, str]) -> str | None:
@@ -157,19 +160,20 @@ def letter(said: str, choices: dict[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def multiple_choice(row: dict, said: str) -> float | None:
+def choice(row: dict, said: str) -> float | None:
     chosen = letter(said, options(row))
     return None if chosen is None else float(chosen == row["answer"])
 
 
 def mmmu(row: dict, said: str) -> float | None:
-    """A question without options becomes a choice between its answer and others."""
+    """A question without options becomes a choice between its answer and others. [I] uses the parser of
+    MMMU's authors, which gives 2 to 3 points less."""
     right = row["answer"] if row["answer"] in list(ascii_uppercase) else "A"
     invented = {} if "A" in options(row) else {"A": row["answer"], "B": "Other Answers"}
-    return multiple_choice({**row, **invented, "answer": right}, said)
+    return choice({**row, **invented, "answer": right}, said)
 
 
-def ocr_contains(row: dict, said: str) -> float:
+def contains(row: dict, said: str) -> float:
     def clean(text):
         text = text.strip().replace("\n", " ")
         formula = row.get("category") == "Handwritten Mathematical Expression Recognition"
@@ -201,12 +205,12 @@ def extract_by_rule(row: dict, said: str | None) -> dict:
     return {**row, "res": (re.findall(r"-?\d+(?:\.\d+)?", said.replace(",", "")) or [said])[-1]}
 
 
-def judged_score(row: dict, said: str) -> float | None:
+def judged(row: dict, said: str) -> float | None:
     return None if row.get("score") is None else float(row["score"])
 
 
 def own_question(row: dict, said: str) -> float | None:
-    return multiple_choice(row, said) if options(row) else exact_match(row, said)
+    return choice(row, said) if options(row) else exact(row, said)
 
 
 # ---------------------------------------------------------------- from the scores of rows to a number
@@ -265,7 +269,7 @@ def pope(rows: list[dict], scores: list) -> dict:
     """F1 of "Yes" in percent. A row counts once for each of its categories."""
     counts = defaultdict(int)                      # by (is Yes right?, was Yes said?)
     for row in rows:
-        said_yes = yes_or_no({"answer": "yes"}, row["prediction"] or "") == 1
+        said_yes = yes_no_judged({"answer": "yes"}, row["prediction"] or "") == 1
         counts[row.get("answer") == "Yes", said_yes] += len(row.get("category", "").split(","))
     wrong = counts[True, False] + counts[False, True]
     return {"score": 200 * counts[True, True] / max(1, 2 * counts[True, True] + wrong)}
@@ -274,48 +278,51 @@ def pope(rows: list[dict], scores: list) -> dict:
 # ---------------------------------------------------------------- the table
 
 class Benchmark(NamedTuple):
-    name: str                                      # as in the papers' tables
     split: str
     tiles: int | None                              # most tiles of a picture (None: the checkpoint's limit)
     prompt: str                                    # what is asked about {question}; OPTIONS: see `prompt`
     metric: Callable                               # of a row
     total: Callable                                # of all rows
-    tokens: int = 100                              # longest answer; [K] allows 1024, [I] 10 to 100
-    v1: float | None = None                        # the first paper's score of Mono-InternVL-2B
-    v15: float | None = None                       # that of 1.5-2B, second hand: from the tables of NEO
-    note: str = ""
+    tokens: int                                    # longest answer; [K] allows 1024, [I] 10 to 1000
+    v1: float | None                               # the first paper's score of Mono-InternVL-2B
+    v15: float | None                              # that of 1.5-2B, second hand: from the tables of NEO
+    note: str
 
 
 SHORT = "Answer the question using a single word or phrase."
-LINE, OPTIONS = "{question}\n" + SHORT, "{question} and options"
-YES_NO = "{question} Please answer yes or no. " + SHORT
+PLAIN, LINE, SPACE = "{question}", "{question}\n" + SHORT, "{question} " + SHORT
+YES_NO, OPTIONS = "{question} Please answer yes or no. " + SHORT, "{question}, options and an instruction"
 VAL, SECRET = "the papers' scores are on test", "the answers are secret: upload the file"
 RULE, GPT = "extracted by rule: not comparable with the paper", "a GPT scores the answers: --judged FILE"
+NEITHER, LETTERS = "in neither paper", "your own questions: exact match, or letters"
+# The files of MMMU and GQA are others since 2024-12. AI2D_TEST has masked letters, as the papers' has.
 BENCHMARKS = {file: Benchmark(*columns) for file, *columns in (
-    ("MMVet", "MMVet", "test", 6, "{question}", judged_score, percent, 1024, 40.1, 54.0, GPT),
-    ("MMMU_DEV_VAL", "MMMU", "validation", 12, OPTIONS, mmmu, percent, 100, 33.7, 39.1),
-    ("MME", "MME", "test", 6, "{question} " + SHORT, yes_or_no_unjudged, mme, 100, 1875),
-    ("MMBench_TEST_EN", "MMBench-EN", "test", 6, OPTIONS, multiple_choice, circular, 100, 65.5, 64.0, SECRET),
-    ("MMBench_DEV_EN", "MMBench-EN", "dev", 6, OPTIONS, multiple_choice, circular, 100, 65.5, 64.0, VAL),
-    ("MathVista_MINI", "MathVista", "testmini", 6, "{question}", mathvista, percent, 1024, 45.7, None, RULE),
-    ("SEEDBench_IMG", "SEED-Image", "image", 6, OPTIONS, multiple_choice, percent, 100, 67.4, 66.9),
-    ("OCRBench", "OCRBench", "test", 24, LINE, ocr_contains, points, 100, 767, 801),
-    ("HallusionBench", "HallusionBench", "image", 6, YES_NO, yes_or_no, hallusion, 100, 34.8, 32.5),
-    ("CCBench", "CCBench", "dev", 6, OPTIONS, multiple_choice, circular, 100, 66.3),
-    ("TextVQA_VAL", "TextVQA", "val", 6, LINE, vqa_accuracy, percent, 100, 72.6, 73.7),
-    ("ScienceQA_TEST", "SQA-I", "test", 6, OPTIONS, multiple_choice, percent, 100, 93.6),
-    ("GQA_TestDev_Balanced", "GQA", "test-dev", 6, LINE, exact_match, percent, 100, 59.5),
-    ("DocVQA_TEST", "DocVQA", "test", 18, LINE, anls, percent, 100, 80.0, 81.7, SECRET),
-    ("DocVQA_VAL", "DocVQA", "val", 18, LINE, anls, percent, 100, 80.0, 81.7, VAL),
-    ("AI2D_TEST", "AI2D", "test", 6, OPTIONS, multiple_choice, percent, 100, 68.6, 67.4),
-    ("ChartQA_TEST", "ChartQA", "test", 12, LINE, relaxed_accuracy, percent, 100, 73.7, 72.2),
-    ("InfoVQA_TEST", "InfoVQA", "test", 24, LINE, anls, percent, 100, 43.0, 47.9, SECRET),
-    ("InfoVQA_VAL", "InfoVQA", "val", 24, LINE, anls, percent, 100, 43.0, 47.9, VAL),
-    ("POPE", "POPE", "test", 6, "{question}", yes_or_no_unjudged, pope, 100, None, None, "in neither paper"))}
-OWN = Benchmark("", "own", None, "{question}", own_question, percent, note="exact match, or letters")
+    # file                  split       tiles prompt   metric         total   tokens   2B 1.5-2B note
+    ("MMVet",                "test",        6, PLAIN,   judged,        percent,   1024, 40.1, 54.0, GPT),
+    ("MMMU_DEV_VAL",         "validation", 12, OPTIONS, mmmu,          percent,    100, 33.7, 39.1, ""),
+    ("MME",                  "test",        6, SPACE,   yes_no,        mme,        100, 1875, None, ""),
+    ("MMBench_TEST_EN",      "test",        6, OPTIONS, choice,        circular,   100, 65.5, 64.0, SECRET),
+    ("MMBench_DEV_EN",       "dev",         6, OPTIONS, choice,        circular,   100, 65.5, 64.0, VAL),
+    ("MathVista_MINI",       "testmini",    6, PLAIN,   mathvista,     percent,   1024, 45.7, None, RULE),
+    ("SEEDBench_IMG",        "image",       6, OPTIONS, choice,        percent,    100, 67.4, 66.9, ""),
+    ("OCRBench",             "test",       24, LINE,    contains,      points,     100,  767,  801, ""),
+    ("HallusionBench",       "image",       6, YES_NO,  yes_no_judged, hallusion,  100, 34.8, 32.5, ""),
+    ("CCBench",              "dev",         6, OPTIONS, choice,        circular,   100, 66.3, None, ""),
+    ("TextVQA_VAL",          "val",         6, LINE,    vqa,           percent,    100, 72.6, 73.7, ""),
+    ("ScienceQA_TEST",       "test",        6, OPTIONS, choice,        percent,    100, 93.6, None, ""),
+    ("GQA_TestDev_Balanced", "test-dev",    6, LINE,    exact,         percent,    100, 59.5, None, ""),
+    ("DocVQA_TEST",          "test",       18, LINE,    anls,          percent,    100, 80.0, 81.7, SECRET),
+    ("DocVQA_VAL",           "val",        18, LINE,    anls,          percent,    100, 80.0, 81.7, VAL),
+    ("AI2D_TEST",            "test",        6, OPTIONS, choice,        percent,    100, 68.6, 67.4, ""),
+    ("ChartQA_TEST",         "test",       12, LINE,    relaxed,       percent,    100, 73.7, 72.2, ""),
+    ("InfoVQA_TEST",         "test",       24, LINE,    anls,          percent,    100, 43.0, 47.9, SECRET),
+    ("InfoVQA_VAL",          "val",        24, LINE,    anls,          percent,    100, 43.0, 47.9, VAL),
+    ("POPE",                 "test",        6, PLAIN,   yes_no,        pope,       100, None, None, NEITHER),
+)}
+OWN = Benchmark("", None, PLAIN, own_question, percent, 100, None, None, LETTERS)
 # The columns that a metric or a total needs besides question and answer.
 NEEDED_COLUMNS = {circular: ("index",), mme: ("category", "image_path"), hallusion: ("index", "l2-category"),
-                  pope: ("category",), ocr_contains: ("category",),
+                  pope: ("category",), contains: ("category",),
                   mathvista: ("question_type", "answer_type", "choices", "answer_option")}
 
 
@@ -333,7 +340,7 @@ def prompt(benchmark: str, row: dict, plain: bool = False) -> str:
     [I] asks TextVQA, GQA, ChartQA, DocVQA and InfoVQA with a blank instead of the new line, strips options,
     and asks MMMU's open questions like TextVQA. [K] since 2024-12 ends with no <Image-1><Image-2>."""
     text, choices = row["question"], options(row)
-    kind = BENCHMARKS.get(benchmark, OWN._replace(prompt=OPTIONS if choices else "{question}")).prompt
+    kind = BENCHMARKS.get(benchmark, OWN._replace(prompt=OPTIONS if choices else PLAIN)).prompt
     if plain:
         pass
     elif kind != OPTIONS:
@@ -358,7 +365,7 @@ def score(benchmark: str, row: dict, prediction: str | None) -> float | None:
     """0 to 1 for what the model said about a row, by the paper's metric. None: left open, as [K] would ask a
     GPT. A row that could not be asked (prediction None) and one without an answer are wrong."""
     b = BENCHMARKS.get(benchmark, OWN)
-    if prediction is None or row.get("answer") is None and b.metric is not judged_score:
+    if prediction is None or row.get("answer") is None and b.metric is not judged:
         return 0.0
     return b.metric(row, prediction)
 
@@ -395,8 +402,8 @@ def aggregate(benchmark: str, rows: list[dict], predictions: list[str | None]) -
 
 class Tsv:
     """A benchmark's TSV file, read in one pass. rows[i] has the texts of a row. Its pictures stay in the
-    file, where `read` finds them again. Rows without a picture are left out, as in [K]. Raises InputError if
-    the file is damaged or lacks a column that this benchmark needs."""
+    file, where `read` finds them again. Rows without a picture are left out, as in [K], but not of your own
+    questions. Raises InputError if the file is damaged or lacks a column that this benchmark needs."""
 
     def __init__(self, path: Path, benchmark: str):
         csv.field_size_limit(2 ** 31 - 1)          # a picture is one field of the file
@@ -415,7 +422,8 @@ class Tsv:
             row.setdefault("index", str(len(self.rows)))
             if b.total is circular and not row["index"].isdecimal():
                 raise InputError(f"{path}: an index is {row['index']!r:.40}, expected a number")
-            if not row.pop("image", None if "image" in self.columns else row.get("image_path")):
+            seen = row.pop("image", None if "image" in self.columns else row.get("image_path"))
+            if not seen and b is not OWN:
                 self.left_out += 1
                 continue
             self.by_index[row["index"]] = len(self.rows)
@@ -452,13 +460,14 @@ class Tsv:
     def read(self, i: int) -> tuple[dict, list]:
         """(row i with its image column, its pictures: open files or paths)."""
         row = self.as_row(next(self.records(self.offsets[i]))[1])
-        if "question" not in row:
-            raise InputError("it has no question")
+        if "question" not in row or not any(pictures(row)):
+            raise InputError(f"it has no {'picture' if 'question' in row else 'question'}")
         if "image" not in row:
             return row, [self.path.parent / name for name in pictures(row)]
         if len(row["image"]) <= 64:                # the index of another row, which has the same picture
             other = self.by_index.get(row["image"])
-            image = "" if other is None else self.as_row(next(self.records(self.offsets[other]))[1])["image"]
+            image = "" if other is None else self.as_row(
+                next(self.records(self.offsets[other]))[1]).get("image", "")
             if len(image) <= 64:
                 raise InputError(f"its image {row['image']!r} is no index of a row with a picture")
             row["image"] = image

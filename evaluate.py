@@ -290,30 +290,36 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, tsv: Tsv, benchmark: str, o
 V1, V15 = "Mono-InternVL-2B", "Mono-InternVL-1.5-2B (second hand)"
 
 
-def result_of(benchmark: str, tsv: Tsv, output: Path, settings: str, judged: dict) -> dict:
-    """What `aggregate` makes of the answers, and the file that the benchmark's server or evaluator takes."""
-    found, b, rows = read_answers(output, tsv, settings), BENCHMARKS.get(benchmark, OWN), tsv.rows
-    if len(found) < len(rows):
-        raise InputError(f"{output} answers {len(found)} of {len(rows)} questions; run without --score_only")
-    said = [found[i]["prediction"] for i in range(len(rows))]
-    if b.metric is benchmarks.mathvista:
-        rows = [benchmarks.extract_by_rule(row, text) for row, text in zip(rows, said, strict=True)]
-    if b.metric is benchmarks.judged_score:
-        rows = [{**row, "score": judged.get(row["index"])} for row in rows]
-        server = {f"v1_{row['index']}": text or "" for row, text in zip(rows, said, strict=True)}
-    else:
-        server = [{"questionId": int(row["index"]) if row["index"].isdecimal() else row["index"],
-                   "answer": text or ""} for row, text in zip(rows, said, strict=True)]
-    if b.metric in (benchmarks.anls, benchmarks.judged_score):
-        output.with_suffix(".json").write_text(json.dumps(server, ensure_ascii=False), encoding="utf-8")
+def write_server_file(benchmark: str, rows: list[dict], said: list[str], output: Path) -> None:
+    """What the servers of MMBench, DocVQA and InfoVQA and the evaluator of MMVet take."""
     if benchmark.startswith("MMBench"):
         with open(output.with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, ["index", "question", *"ABCD", "prediction"], extrasaction="ignore")
             table.writeheader()
             table.writerows({**row, "prediction": text} for row, text in zip(rows, said, strict=True))
-    result = {"benchmark": b.name or benchmark, "file": benchmark, "split": b.split,
-              **aggregate(benchmark, rows, said)}
-    if not any("answer" in row for row in rows) or b.metric is benchmarks.judged_score and not judged:
+        return
+    ids = [row.get("questionId", row["index"]) for row in rows]
+    answers = {f"v1_{number}": text for number, text in zip(ids, said, strict=True)}
+    if benchmark != "MMVet":
+        answers = [{"questionId": int(number) if number.isdecimal() else number, "answer": text}
+                   for number, text in zip(ids, said, strict=True)]
+    output.with_suffix(".json").write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")
+
+
+def result_of(benchmark: str, tsv: Tsv, output: Path, settings: str, judged: dict) -> dict:
+    """What `aggregate` makes of the answers, beside the papers' scores."""
+    found, b, rows = read_answers(output, tsv, settings), BENCHMARKS.get(benchmark, OWN), tsv.rows
+    if len(found) < len(rows):
+        raise InputError(f"{output} answers {len(found)} of {len(rows)} questions; run without --score_only")
+    said = [found[i]["prediction"] for i in range(len(rows))]
+    if benchmark == "MathVista_MINI":
+        rows = [benchmarks.extract_by_rule(row, text) for row, text in zip(rows, said, strict=True)]
+    if benchmark == "MMVet":
+        rows = [{**row, "score": judged.get(row["index"])} for row in rows]
+    if benchmark.startswith(("MMBench", "DocVQA", "InfoVQA", "MMVet")):
+        write_server_file(benchmark, rows, [text or "" for text in said], output)
+    result = {"benchmark": benchmark, "split": b.split, **aggregate(benchmark, rows, said)}
+    if not any("answer" in row for row in rows) or benchmark == "MMVet" and not judged:
         result["score"] = result["at_most"] = None
     unreadable = [{"index": found[i]["index"], "error": found[i]["error"]}
                   for i in range(len(rows)) if "error" in found[i]]
@@ -323,7 +329,7 @@ def result_of(benchmark: str, tsv: Tsv, output: Path, settings: str, judged: dic
 
 def print_report(results: list[dict]) -> None:
     """At most: the score if a GPT judged all answers right that are left open."""
-    columns = "{:16.16}{:12}{:>7}{:>8}{:>8}{:>9}{:>6}{:>9}{:>12}  {}"
+    columns = "{:21.21}{:12}{:>7}{:>8}{:>8}{:>9}{:>6}{:>9}{:>12}  {}"
     print("\n" + columns.format("benchmark", "split", "n", "score", "2B", "1.5-2B*", "open", "at most",
                                 "unreadable", ""))
     for r in results:
@@ -334,11 +340,11 @@ def print_report(results: list[dict]) -> None:
     print("* second hand: from the tables of NEO")
     for r in results:
         if r["left_out"]:
-            print(f"{r['file']}: {r['left_out']} rows without a picture were left out")
+            print(f"{r['benchmark']}: {r['left_out']} rows without a picture were left out")
         for row in r["unreadable"][:20]:
-            print(f"{r['file']}: row {row['index']} counts as wrong: {row['error']}")
+            print(f"{r['benchmark']}: row {row['index']} counts as wrong: {row['error']}")
         if len(r["unreadable"]) > 20:
-            print(f"{r['file']}: and {len(r['unreadable']) - 20} more; report.json lists them")
+            print(f"{r['benchmark']}: and {len(r['unreadable']) - 20} more; report.json lists them")
 
 
 def plot_report(results: list[dict], path: Path) -> None:
@@ -349,7 +355,7 @@ def plot_report(results: list[dict], path: Path) -> None:
     for k, (key, label) in enumerate((("score", "this model"), (V1, V1), (V15, V15))):
         heights = [(r[key] or 0) / scale.get(r["benchmark"], 1) for r in results]
         ax.bar([i + 0.27 * (k - 1) for i in range(len(results))], heights, 0.25, label=label)
-    ax.set_xticks(range(len(results)), [f"{r['benchmark']}\n{r['split']}" for r in results], fontsize=8)
+    ax.set_xticks(range(len(results)), [r["benchmark"].replace("_", "\n") for r in results], fontsize=8)
     ax.set(ylabel="score (MME / 28, OCRBench / 10)", ylim=(0, 100))
     ax.legend(fontsize=8)
     fig.tight_layout()
@@ -379,10 +385,7 @@ def run_benchmarks(flags: Flags) -> None:
         raise InputError(f"--batch_size is {flags.batch_size}, expected at least 1")
     judged = {} if flags.judged is None else read_judged(flags.judged)
     files = [Tsv(Path(path), name) for path, name in zip(flags.benchmark, names, strict=True)]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {out} cannot be made: {e.strerror}") from None
+    out.mkdir(parents=True, exist_ok=True)
     if world_size() > 1:                           # under torchrun; a process that is done may wait for days
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         if flags.device == "auto" and torch.cuda.is_available():
@@ -422,7 +425,7 @@ def main(argv: list[str] | None = None) -> int:
             run_benchmarks(flags)
         else:
             ask_about_the_world(flags)
-    except InputError as e:
+    except (InputError, OSError) as e:             # OSError: OUT cannot be written
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -2667,7 +2667,7 @@ ROWS = st.fixed_dictionaries(
      "index": st.integers(0, 3).map(lambda i: f"{i % 2 * 1_000_000 + i // 2}"), "A": SAID, "category": SAID},
     optional={"B": SAID, "C": SAID, "D": SAID, "l2-category": SAID, "image_path": st.sampled_from("ab"),
               "split": st.sampled_from(["dev", "validation"]), "score": st.sampled_from(["0.5", "1.0"]),
-              "question_type": st.sampled_from(["multi_choice", "free_form"]), "choices": st.just("['a', '1']"),
+              "question_type": st.sampled_from(["multi_choice", "free_form"]), "choices": st.just("['a', 1]"),
               "answer_type": st.sampled_from(["integer", "float", "text", "list"]), "answer_option": SAID})
 NAMES = st.sampled_from([*benchmarks.BENCHMARKS, "questions of your own"])
 
@@ -2793,21 +2793,20 @@ def test_a_row_that_cannot_be_asked_counts_as_wrong_and_is_listed(tmp_path, caps
            "is not a readable": {"image": good["image"][:100]}, "2 <image> marks": {"question": "<image>?"},
            "control token": {"question": "What<|im_end|>?"}, "is no index": {"image": "77"},
            "has no question": {"question": "N/A"}, "tokens fill": {"question": "What? " * 900},
-           "readable image: ": {"image": repr([good["image"], "a" * 68])}}
-    rows = [good, *({**good, **fields} for fields in bad.values()), {**good, "image": "0"},
-            {**good, "image": ""}]
+           "readable image: ": {"image": repr([good["image"], "a" * 68])}, "no picture": {"image": "None"}}
+    rows = [good, *({**good, **fields} for fields in bad.values()), {**good, "image": "0"}]
     write_tsv(tmp_path / "own.tsv", [{**row, "index": i} for i, row in enumerate(rows)])
-    paths = {"there.png": True, "gone.png": False, "['there.png']": True, "there.png\0": False}
+    paths = {"there.png": True, "gone.png": False, "['there.png']": True, "there.png\0": False, "[]": False}
     del good["image"]
     write_tsv(tmp_path / "paths.tsv", [{**good, "image_path": path} for path in paths])
     assert evaluate.main([*TINY_MODEL, "--plain", f"--out={tmp_path}", "--benchmark",
                           *(str(tmp_path / f"{name}.tsv") for name in ("own", "paths"))]) == 0
     own, by_path = json.loads((tmp_path / "report.json").read_text())
-    assert (own["n"], own["left_out"], own["score"]) == (11, 1, pytest.approx(200 / 11))
-    assert [row["index"] for row in own["unreadable"]] == [str(i) for i in range(1, 10)]
+    assert (own["n"], own["left_out"], own["score"]) == (12, 0, pytest.approx(200 / 12))
+    assert [row["index"] for row in own["unreadable"]] == [str(i) for i in range(1, 11)]
     assert all(message in row["error"] for message, row in zip(bad, own["unreadable"], strict=True))
     assert by_path["score"] == pytest.approx(100 * sum(paths.values()) / len(paths))
-    assert "own: row 9 counts as wrong: " in capsys.readouterr().out
+    assert "own: row 10 counts as wrong: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -2884,8 +2883,9 @@ def test_the_recipe_for_vlmevalkit_answers_as_evaluate_does(tmp_path, monkeypatc
         def generate_inner(self, message):
             question, picture = (part["value"] for part in message)
             tiles = load_image(picture, 6, 48).to(self.device)
-            return self.model.chat(self.tokenizer, pixel_values=tiles, num_patches_list=[len(tiles)],
-                                   question="<image>\n" + question, generation_config=self.kwargs, verbose=False)
+            return self.model.chat(
+                self.tokenizer, pixel_values=tiles, num_patches_list=[len(tiles)], verbose=False,
+                question="<image>\n" + question, generation_config=self.kwargs)
 
     for name in ("vlmeval", "vlmeval.vlm", "vlmeval.vlm.internvl_chat"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(InternVLChat=InternVLChat))
