@@ -46,7 +46,7 @@ class Flags:
     seed: int = flag(0, "another seed asks other questions of the embedded world")
     benchmark: list[str] = flag([], "TSV files of benchmarks, named as in benchmarks.py, or of your own "
                                 "questions: columns image or image_path, question, answer, options A, B, ...")
-    as_: str | None = flag(None, "the benchmark that the one TSV file is, whatever its name")
+    as_: str | None = flag(None, "the benchmark that the one TSV file is, whatever its name", metavar="NAME")
     out: str = flag("out/benchmarks", "folder for answers, the server's files and the report")
     batch_size: int = flag(8, "questions of a benchmark answered at a time")
     plain: bool = flag(False, "ask the bare question, without options and instructions")
@@ -425,8 +425,11 @@ def main(argv: list[str] | None = None) -> int:
             run_benchmarks(flags)
         else:
             ask_about_the_world(flags)
-    except (InputError, OSError) as e:             # OSError: OUT cannot be written
+    except InputError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:                           # a full disk, a folder without permission
+        print(f"error: {e.filename} cannot be read or written: {e.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
