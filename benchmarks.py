@@ -93,7 +93,7 @@ def vqa(row: dict, said: str) -> float:
 
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein's."""
-    distances = list(range(len(b) + 1))            # from the beginning of a read so far to each one of b
+    distances = list(range(len(b) + 1))            # [j]: between what was read of a, and b[:j]
     for i, x in enumerate(a):
         row = [i + 1]
         for j, y in enumerate(b):

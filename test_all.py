@@ -2768,22 +2768,43 @@ def test_a_benchmark_that_was_stopped_anywhere_ends_with_the_same_files(tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_answers_even_if_they_are_killed_in_between(tmp_path):
-    write_tsv(tmp_path / "TextVQA_VAL.tsv", world_rows("position", 300, "TextVQA_VAL"))
-    flags = [*TINY_MODEL, "--plain", "--batch_size=2", f"--benchmark={tmp_path / 'TextVQA_VAL.tsv'}", "--out"]
-    assert evaluate.main([*flags, str(tmp_path / "one")]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               HERE / "evaluate.py", *flags, tmp_path / "two"]
-    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not sum(path.stat().st_size > 2000 for path in tmp_path.glob("two/*.part?")):
-        assert time.monotonic() < deadline and killed.poll() is None
-        time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    answered = sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("two/*"))
-    subprocess.run(command, check=True, capture_output=True)
-    assert 0 < answered < 300 and files_in(tmp_path / "two") == files_in(tmp_path / "one")
+def test_any_number_of_processes_writes_the_same_answers_even_if_they_are_killed(tmp_path):
+    write_tsv(tmp_path / "TextVQA_VAL.tsv", world_rows("position", 90, "TextVQA_VAL"))
+
+    def run(out, number=1, killed=None):
+        """killed: in its second window, this process and then the others are killed."""
+        def one_process(rank):
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
+                           "MASTER_PORT": str(port)}
+            windows, answer_window = itertools.count(), evaluate.answer_window
+            evaluate.answer_window = lambda *a: (os.kill(os.getpid(), signal.SIGKILL) if rank == killed
+                                                 and next(windows) else answer_window(*a))
+            os._exit(evaluate.main([*TINY_MODEL, "--plain", "--batch_size=2", f"--out={tmp_path / out}",
+                                    f"--benchmark={tmp_path / 'TextVQA_VAL.tsv'}"]))
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        fork = multiprocessing.get_context("fork")
+        processes = [fork.Process(target=one_process, args=(rank,)) for rank in range(number)]
+        for process in processes:
+            process.start()
+        for process in processes if killed is None else [processes[killed]]:
+            process.join(200)
+        if killed is not None:
+            for process in processes:
+                process.kill()
+                process.join()
+        assert [process.exitcode for process in processes] == [0 if killed is None else -9] * number
+        return files_in(tmp_path / out)
+
+    one = run("one")
+    assert run("two", 2) == one
+    for number, killed in ((2, 0), (3, 2)):
+        left = run("killed", number, killed)
+        assert 0 < sum(content.count(b"\n") for name, content in left.items() if ".part" in name) < 90
+        assert run("killed", 5 - number) == one
+        shutil.rmtree(tmp_path / "killed")
 
 
 def test_a_row_that_cannot_be_asked_counts_as_wrong_and_is_listed(tmp_path, capsys):
