@@ -210,7 +210,10 @@ def judged(row: dict, said: str) -> float | None:
 
 
 def own_question(row: dict, said: str) -> float | None:
-    return choice(row, said) if options(row) else exact(row, said)
+    """With options, the answer is a letter, or the text of an option."""
+    choices = options(row)
+    letters = {text: key for key, text in choices.items()} | dict(zip(choices, choices, strict=True))
+    return choice({**row, "answer": letters.get(row["answer"])}, said) if choices else exact(row, said)
 
 
 # ---------------------------------------------------------------- from the scores of rows to a number

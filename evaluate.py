@@ -310,7 +310,8 @@ def result_of(benchmark: str, tsv: Tsv, output: Path, settings: str, judged: dic
     """What `aggregate` makes of the answers, beside the papers' scores."""
     found, b, rows = read_answers(output, tsv, settings), BENCHMARKS.get(benchmark, OWN), tsv.rows
     if len(found) < len(rows):
-        raise InputError(f"{output} answers {len(found)} of {len(rows)} questions; run without --score_only")
+        raise InputError(f"{output} answers {len(found)} of {len(rows)} questions; the same command without "
+                         "--score_only adds the others")
     said = [found[i]["prediction"] for i in range(len(rows))]
     if benchmark == "MathVista_MINI":
         rows = [benchmarks.extract_by_rule(row, text) for row, text in zip(rows, said, strict=True)]

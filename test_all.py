@@ -2678,6 +2678,8 @@ def test_any_answer_scores_between_0_and_1_or_is_left_open(name, row, said):
     given = evaluate.score(name, row, said)
     assert given is None or 0 <= given <= 1
     assert evaluate.score(name, row, None) == 0              # what could not be asked
+    for answer, right in ("B", True), ("the text", True), ("A", False), (row["A"] + "?", False):
+        assert evaluate.score("own", {**row, "B": "the text", "answer": answer}, "B") == right
     assert benchmarks.anls({**row, "answer": repr([said, "x"])}, said) == 1
     words = re.sub("[^a-z0-9' ]", "", said)                  # without marks, which vanish step by step
     assert benchmarks.normalize(benchmarks.normalize(words)) == benchmarks.normalize(words)
