@@ -330,7 +330,7 @@ def result_of(benchmark: str, tsv: Tsv, output: Path, settings: str, judged: dic
 
 def print_report(results: list[dict]) -> None:
     """At most: the score if a GPT judged all answers right that are left open."""
-    columns = "{:21.21}{:12}{:>7}{:>8}{:>8}{:>9}{:>6}{:>9}{:>12}  {}"
+    columns = "{:21.21}{:12}{:>7}{:>8}{:>8}{:>9}{:>8}{:>9}{:>12}  {}"
     print("\n" + columns.format("benchmark", "split", "n", "score", "2B", "1.5-2B*", "open", "at most",
                                 "unreadable", ""))
     for r in results:
