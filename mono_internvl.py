@@ -30,7 +30,7 @@ from generate import generate, generate_naively
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-    VARLEN = inspect.signature(varlen_attn).parameters     # without "window_size" before torch 2.11
+    VARLEN = {*inspect.signature(varlen_attn).parameters}  # without "window_size" before torch 2.11
 except ImportError:                                        # before torch 2.10
     VARLEN = {}
 
