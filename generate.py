@@ -297,7 +297,7 @@ def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mas
             part_mask = None if mask is None else mask[:, part]
             routing = model.route(ids[:, part], part_mask, sizes[1] > 0)
             if routing is not None:
-                routing.sizes = sizes
+                routing.split(*sizes)
             hidden = model.language_model(x[:, start - past:start - past + chunk], routing, part_mask,
                                           kv_cache, lengths)
         logits = model.language_model.output(hidden[:, -1]).float()

@@ -569,6 +569,20 @@ def test_training_makes_no_tensor_as_large_as_a_mask_and_never_waits_for_the_dev
     assert 0 < largest.elements < 600 ** 2 / 4
 
 
+@pytest.mark.parametrize("layout", ["right", "packed", "left"])
+def test_a_layer_compiles_in_one_piece_and_trains_as_before(layout):
+    model = tiny(num_hidden_layers=1)
+    ids, pixels, mask = batch_of([[False, True] * 10, [False] * 15], "left" if layout == "left" else "right")
+    batch = {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask, "labels": ids,
+             "document_ids": (torch.arange(20) // 7 + 1) * mask if layout == "packed" else None}
+    sizes = model.check_inputs(**batch)
+    expected = gradients(model, model(**batch, sizes=sizes)[1])
+    torch._dynamo.reset()
+    model.language_model.model["layers"][0].compile(dynamic=True, fullgraph=True, backend="eager")
+    for name, grad in gradients(model, model(**batch, sizes=sizes)[1]).items():
+        assert_close(grad, expected[name])
+
+
 @settings(max_examples=25)
 @given(visual_rows(), st.sampled_from(["left", "right"]), st.randoms(use_true_random=False))
 def test_the_loss_is_the_mean_over_supervised_tokens_and_the_head_sees_no_other_position(rows, side, random):
