@@ -363,8 +363,8 @@ def check_options(rows, max_new_tokens, temperature, top_k, top_p, repetition_pe
             raise InputError(f"{name} is {value}, expected {expected}")
 
 
-KEPT = weakref.WeakKeyDictionary()                 # model -> {rows: (addresses of the weights, KVCache)}
-KEPT_BYTES = 2 ** 30
+KEPT = weakref.WeakKeyDictionary()                 # model -> addresses of its weights, {rows: KVCache}
+KEPT_BYTES = 2 ** 30                               # of a model
 
 
 @contextlib.contextmanager
@@ -372,17 +372,20 @@ def kept_cache(model, rows: int) -> Iterator[KVCache]:
     """A cache for a call of `generate` that brings none. If it has CUDA graphs and is not large, the next
     such call with as many rows gets it, because a graph takes as long to capture as dozens of tokens to
     decode. Its content is forgotten: training may have changed the weights."""
-    weights, kept = [p.data_ptr() for p in model.parameters()], KEPT.setdefault(model, {})
-    captured_with, cache = kept.pop(rows, (None, None))        # two calls at a time never share one
-    if captured_with != weights:
+    weights = [p.data_ptr() for p in model.parameters()]
+    if model not in KEPT or KEPT[model][0] != weights:         # graphs know the addresses
+        KEPT[model] = weights, {}
+    kept = KEPT[model][1]
+    cache = kept.pop(rows, None)                   # two calls at a time never share one
+    if cache is None:
         cache = KVCache(model.config)
     else:
         cache.truncate(0)
     try:
         yield cache
     finally:
-        if cache.graphs and 2 * cache.keys.nbytes <= KEPT_BYTES:
-            kept[rows] = weights, cache
+        if cache.graphs and sum(2 * c.keys.nbytes for c in [cache, *kept.values()]) <= KEPT_BYTES:
+            kept[rows] = cache
 
 
 @torch.no_grad()                                   # not inference_mode: the results may be trained on
