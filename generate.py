@@ -368,7 +368,7 @@ KEPT_BYTES = 2 ** 30                               # of a model
 
 
 @contextlib.contextmanager
-def kept_cache(model, rows: int) -> Iterator[KVCache]:
+def kept_cache(model, rows: tuple) -> Iterator[KVCache]:
     """A cache for a call of `generate` that brings none. If it has CUDA graphs and is not large, the next
     such call with as many rows gets it, because a graph takes as long to capture as dozens of tokens to
     decode. Its content is forgotten: training may have changed the weights."""
