@@ -297,7 +297,7 @@ def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mas
             part_mask = None if mask is None else mask[:, part]
             routing = model.route(ids[:, part], part_mask, sizes[1] > 0)
             if routing is not None:
-                routing.sizes = sizes
+                routing.split(*sizes)
             hidden = model.language_model(x[:, start - past:start - past + chunk], routing, part_mask,
                                           kv_cache, lengths)
         logits = model.language_model.output(hidden[:, -1]).float()
@@ -365,26 +365,29 @@ def check_options(rows, max_new_tokens, temperature, top_k, top_p, repetition_pe
             raise InputError(f"{name} is {value!s:.60}, expected {expected}")
 
 
-KEPT = weakref.WeakKeyDictionary()                 # model -> {rows: (addresses of the weights, KVCache)}
-KEPT_BYTES = 2 ** 30
+KEPT = weakref.WeakKeyDictionary()                 # model -> addresses of its weights, {rows: KVCache}
+KEPT_BYTES = 2 ** 30                               # of a model
 
 
 @contextlib.contextmanager
-def kept_cache(model, rows: int) -> Iterator[KVCache]:
+def kept_cache(model, rows: tuple) -> Iterator[KVCache]:
     """A cache for a call of `generate` that brings none. If it has CUDA graphs and is not large, the next
     such call with as many rows gets it, because a graph takes as long to capture as dozens of tokens to
     decode. Its content is forgotten: training may have changed the weights."""
-    weights, kept = [p.data_ptr() for p in model.parameters()], KEPT.setdefault(model, {})
-    captured_with, cache = kept.pop(rows, (None, None))        # two calls at a time never share one
-    if captured_with != weights:
+    weights = [p.data_ptr() for p in model.parameters()]
+    if model not in KEPT or KEPT[model][0] != weights:         # graphs know the addresses
+        KEPT[model] = weights, {}
+    kept = KEPT[model][1]
+    cache = kept.pop(rows, None)                   # two calls at a time never share one
+    if cache is None:
         cache = KVCache(model.config)
     else:
         cache.truncate(0)
     try:
         yield cache
     finally:
-        if cache.graphs and 2 * cache.keys.nbytes <= KEPT_BYTES:
-            kept[rows] = weights, cache
+        if cache.graphs and sum(2 * c.keys.nbytes for c in [cache, *kept.values()]) <= KEPT_BYTES:
+            kept[rows] = cache
 
 
 @torch.no_grad()                                   # not inference_mode: the results may be trained on

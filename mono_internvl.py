@@ -30,7 +30,7 @@ from generate import generate, generate_naively
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-    VARLEN = inspect.signature(varlen_attn).parameters     # without "window_size" before torch 2.11
+    VARLEN = {*inspect.signature(varlen_attn).parameters}  # without "window_size" before torch 2.11
 except ImportError:                                        # before torch 2.10
     VARLEN = {}
 
@@ -177,7 +177,7 @@ class Routing:
     permutation  (N,) int64: token indices sorted by expert, each expert's in reading order
     counts       (2,) int64: how many text and how many visual tokens
     All are on the device of the mask and are made without a device→host sync. Pads go to no expert: their
-    outputs are zero and cost nothing. sizes: the counts as two numbers, if the host knows them, or None.
+    outputs are zero and cost nothing.
     """
 
     def __init__(self, visual: Tensor, attention_mask: Tensor | None = None, backend: str = "auto"):
@@ -188,7 +188,7 @@ class Routing:
         # The model chooses by measurement what auto is when it infers on a GPU. Otherwise auto is torch.
         if backend == "auto" or backend == "cuda" and moe_kernel.library(visual.device) is None:
             backend = "torch"
-        self.backend, self.sizes = backend, None
+        self.backend = backend
         self.expert = visual.reshape(-1).to(torch.uint8)
         if attention_mask is not None:
             self.expert = self.expert.masked_fill(attention_mask.reshape(-1) == 0, 2)
@@ -200,10 +200,13 @@ class Routing:
 
     @functools.cached_property
     def token_indices(self) -> tuple[Tensor, Tensor]:
-        """Indices of the text tokens and of the visual tokens. The host must know how many there are: if it
-        has to ask a GPU, that is one sync per forward pass."""
-        text, visual = self.sizes or self.counts.tolist()
-        return self.permutation[:text], self.permutation[text:text + visual]
+        """Indices of the text tokens and of the visual tokens. The host must know how many there are. If
+        nobody has told it (see split), that is one sync per forward pass on a GPU."""
+        return self.split(*self.counts.tolist())
+
+    def split(self, text: int, visual: int) -> tuple[Tensor, Tensor]:
+        self.token_indices = self.permutation[:text], self.permutation[text:text + visual]
+        return self.token_indices
 
 
 def routed(x: Tensor, text_expert, visual_expert, routing: Routing | None, kernel=None) -> Tensor:
@@ -589,7 +592,7 @@ class MonoInternVL(nn.Module):
                              "shorten the text or use fewer tiles")
         routing = self.route(input_ids, attention_mask, pixel_values is not None)
         if routing is not None:
-            routing.sizes = sizes["text"], sizes["visual"]
+            routing.split(sizes["text"], sizes["visual"])
         hidden = self.language_model(self.embed(input_ids, pixel_values), routing, attention_mask,
                                      document_ids=document_ids, sizes=sizes)
         if labels is None:
