@@ -2399,6 +2399,105 @@ def test_nvcc_compiles_it_without_warnings_or_spills(tmp_path):
     assert len(spills) >= 18 and set(spills) == {("0", "0")}
 
 
+@pytest.mark.parametrize("output, message", [
+    (None, "nvcc is missing; install"), ("nvcc fatal   : Unsupported gpu architecture 'compute_90a'", "'compute_90a'"),
+    ("ld: cannot find -lcudart_static: No such file\ncollect2: error: ld returned 1 exit status", "-lcudart_static")])
+def test_without_a_good_nvcc_one_line_names_what_is_missing(tmp_path, monkeypatch, output, message):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    if output:
+        (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho {shlex.quote(output)}; exit 1")
+        (tmp_path / "nvcc").chmod(0o755)
+    library = inspect.unwrap(moe_kernel.library, stop=lambda function: hasattr(function, "cache_clear"))
+    with pytest.warns(UserWarning, match=message) as warned:
+        assert library.__wrapped__(torch.device("cuda")) is None
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+
+
+# ---------------------------------------------------------------- the kernel: it checks and measures itself
+
+CPU = torch.device("cpu")
+
+
+def measured_again(*arguments):
+    """What a process says that has not asked before."""
+    cached = inspect.unwrap(moe_kernel.measured, stop=lambda function: hasattr(function, "cache_clear"))
+    return cached.__wrapped__(*arguments)
+
+
+@pytest.fixture
+def own_table(tmp_path, monkeypatch):
+    """The file of a device on which nothing has been measured, for two tiles and a split sum."""
+    monkeypatch.setattr(moe_kernel.library(CPU), "folder", tmp_path)
+    monkeypatch.setattr(moe_kernel, "tile_configs", lambda *_: [1, 2, 201])
+    return tmp_path / "measured.json"
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda y: y[-1].zero_(), lambda y: y[:, -1].fill_(math.nan), lambda y: y.mul_(1 + 2 ** -6),
+    lambda y: y.fill_(math.nan) if y.isnan().any() else y])
+@pytest.mark.parametrize("function", ["moe_linear", "moe_swiglu"])
+def test_a_tile_that_is_wrong_on_this_device_is_reported_and_never_used(own_table, monkeypatch, function, spoil):
+    """A lost row, NaN in a column, an error of three roundings, NaN that spreads from one expert to all."""
+    def spoiled(name, device, *arguments, launch=moe_kernel.launch):
+        launch(name, device, *arguments)
+        y, tile_config = {"moe_linear": (4, -3), "moe_swiglu": (5, -1)}.get(name, (0, 0))
+        if name == function and arguments[tile_config] == 2 and len(arguments[y]):
+            spoil(arguments[y])
+    monkeypatch.setattr(moe_kernel, "launch", spoiled)
+    with pytest.warns(UserWarning, match="tile config 2 .* is wrong on cpu .* report") as warned:
+        times = measured_again(CPU, torch.bfloat16, "linear", 64, 72)
+    assert len(warned) == 1 and all(row.keys() == {"1", "201", "torch"} for row in times.values())
+
+
+def test_what_was_measured_is_kept_until_the_device_or_its_software_changes_or_the_file_is_damaged(
+        own_table, monkeypatch):
+    launches = []
+    monkeypatch.setattr(moe_kernel, "launch", lambda *a, launch=moe_kernel.launch: launches.append(launch(*a)))
+    asked = CPU, torch.float32, "linear", 64, 72
+    times, text = measured_again(*asked), own_table.read_text()
+    for other in (b"", b"null", b"[1]", text.encode()[:-9], text.replace('"torch":', '"x":').encode(),
+                  text.replace('"driver": 0', '"driver": 1').encode(), b'{"faults": 1}'):
+        launches.clear()
+        assert measured_again(*asked) == times and not launches
+        own_table.write_bytes(other)
+        times = measured_again(*asked)
+        assert launches and times.keys() == {64}
+    measured_again(*asked[:3], 72, 64)             # another product joins, and does not replace the first
+    assert len(json.loads(own_table.read_text())["microseconds"]) == 2
+    monkeypatch.setattr(moe_kernel.library(CPU), "folder", Path("/proc/no such folder"))
+    assert measured_again(*asked).keys() == {64}, "where nothing can be kept, it is measured again"
+
+
+@pytest.mark.slow
+def test_two_processes_measure_once(tmp_path):
+    code = ("import pathlib, sys, torch, moe_kernel\nd = torch.device('cpu')\n"
+            "moe_kernel.library(d).folder = pathlib.Path(sys.argv[1])\n"
+            "print(moe_kernel.measured(d, torch.float32, 'swiglu', 64, 72))")
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: run_python(code, tmp_path, PYTHONWARNINGS="ignore"), range(2)))
+    assert both[0].returncode == 0 and both[0].stdout == both[1].stdout
+
+
+def test_the_fastest_tile_and_back_end_of_the_nearest_size_are_chosen(monkeypatch):
+    times = {64: {"1": 3.0, "2": 2.0, "torch": 1.0}, 1024: {"1": 5.0, "2": 9.0, "torch": 7.0}, 4096: {"torch": 1.0}}
+    monkeypatch.setattr(moe_kernel, "measured", lambda *_: times)
+    monkeypatch.setattr(moe_kernel, "library", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(moe_kernel, "best_tile", moe_kernel.best_tile.__wrapped__)
+    gpu, bf16, products = torch.device("cuda"), torch.bfloat16, [("linear", 64, 72), ("swiglu", 64, 72)]
+    for tokens, tile, back_end in ((1, 2, "torch"), (250, 2, "torch"), (260, 1, "cuda"), (2000, 1, "cuda")):
+        assert moe_kernel.best_tile(gpu, bf16, "linear", 64, 72, tokens) == tile
+        assert moe_kernel.fastest_back_end(gpu, bf16, tokens, products) == back_end
+    assert moe_kernel.fastest_back_end(gpu, bf16, 9999, products) == "torch", "no tile is right"
+    with pytest.raises(RuntimeError, match="no tile .* torch back end"):
+        moe_kernel.best_tile(gpu, bf16, "linear", 64, 72, 9999)
+    assert moe_kernel.fastest_back_end(CPU, bf16, 64, products) == "torch"
+    assert moe_kernel.fastest_back_end(gpu, torch.float64, 64, products) == "torch"
+
+
 # ---------------------------------------------------------------- the kernel: do the checks bite?
 
 def check_build(path):
