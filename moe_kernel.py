@@ -157,7 +157,8 @@ def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, co
     """x (N, K), weights (M, K) -> (N, M). x is in reading order if gather, else in permuted order; the result
     is in reading order if scatter. tile_config: 0 lets moe_kernel.cu choose, else a value of its enum."""
     y, permutation = x.new_empty(len(x), len(w_text)), _aligned(permutation)
-    tile_config = tile_config or best_tile(x.device, x.dtype, "linear", x.shape[1], len(w_text), len(x))
+    tile_config = tile_config or best_tile(x.device, x.dtype, "linear", x.shape[1], len(w_text),
+                                         tokens=len(x))
     launch_linear(y, *map(_aligned, (x, w_text, w_visual, residual)), permutation if gather else None,
                   permutation if scatter else None, _aligned(counts), tile_config)
     return y
@@ -168,7 +169,8 @@ def _swiglu(x: Tensor, w1_text: Tensor, w3_text: Tensor, w1_visual: Tensor, w3_v
             permutation: Tensor, counts: Tensor, tile_config: int) -> Tensor:
     """x (N, K) in reading order, weights (M, K) -> h = silu(x w1ᵀ) · (x w3ᵀ), (N, M), in permuted order."""
     h = x.new_empty(len(x), len(w1_text))
-    tile_config = tile_config or best_tile(x.device, x.dtype, "swiglu", x.shape[1], len(w1_text), len(x))
+    tile_config = tile_config or best_tile(x.device, x.dtype, "swiglu", x.shape[1], len(w1_text),
+                                         tokens=len(x))
     launch("moe_swiglu", x.device, *map(_aligned, (x, w1_text, w3_text, w1_visual, w3_visual)), h,
            _aligned(permutation), _aligned(counts), *x.shape, len(w1_text), DTYPES[x.dtype], tile_config)
     return h
@@ -188,12 +190,11 @@ _swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 def tile_configs(device: torch.device, dtype: torch.dtype, product: str) -> list[int]:
     """What may be the fastest for a product on this device. In float32 all tiles are the same."""
     hopper = device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)    # or its model
-    names = ["small"] if dtype == torch.float32 else ["small", "medium", "large"]
-    if dtype != torch.float32 and hopper:
-        names += ["hopper64x64", "hopper64x128", "hopper128x192", "hopper128x256"]
-    split = {"small", "medium", "hopper64x64", "hopper128x192"} if dtype != torch.float32 else {}
-    return [s * SPLIT * (s > 1) + TILES[name] for name in names
-            for s in ((1, 2, 4, 8) if product == "linear" and name in split else (1,))]
+    tiles = [t for name, t in TILES.items() if name != "naive" and (hopper or "hopper" not in name)]
+    if dtype == torch.float32:
+        return tiles[:1]
+    split = ("small", "medium", "hopper64x64", "hopper128x192") if product == "linear" else ()
+    return tiles + [s * SPLIT + t for t in tiles for s in (2, 4, 8) if t in [TILES[name] for name in split]]
 
 
 def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int) -> str | None:
@@ -294,64 +295,72 @@ def _measure(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
     return result
 
 
+MEASURED = {}                                      # what this process has measured or read already
+
+
 @torch.compiler.disable
-@functools.cache
 def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int) -> dict:
-    """{number of tokens: {choice: microseconds}} of "linear" or "swiglu", K -> M widths, on this device. Read
+    """{number of tokens: {choice: microseconds}} of "linear" or "swiglu", K -> M widths, on this device: read
     from the file beside the library, or measured now and written there."""
-    file = library(device).folder / "measured.json"
+    if (asked := (device, dtype, product, k, m)) in MEASURED:
+        return MEASURED[asked]
+    file, key = library(device).folder / "measured.json", f"{product} {k} to {m} {dtype}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     made_with = {"device": name, "driver": library(device).moe_driver_version(), "torch": torch.__version__}
-    key, dtype_name = f"{product} {k} to {m} {dtype}", str(dtype)
     with _locked(file.with_suffix(".lock")):
         try:
             table = json.loads(file.read_text())
             if {field: table[field] for field in made_with} != made_with:
                 raise ValueError("another device, driver or torch")
-            faults, times = table["faults"].get(dtype_name), table["microseconds"].get(key)
+            faults, times = table["faults"].get(str(dtype)), table["microseconds"].get(key)
             times = times and {int(n): {c: float(t) for c, t in row.items()} for n, row in times.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):    # none yet, old or damaged
             table, faults, times = made_with | {"faults": {}, "microseconds": {}}, None, None
         if faults is None:
             faults = {str(t): why for t in tile_configs(device, dtype, "linear")
                       if (why := _find_fault(device, dtype, t))}
-            for tile_config, why in faults.items():
-                warnings.warn(f"tile config {tile_config} of moe_kernel.cu is wrong on {name} ({why}) and will "
-                              f"not be used; please report this line together with {file}", stacklevel=3)
+            for tile, why in faults.items():
+                warnings.warn(f"tile config {tile} of moe_kernel.cu is wrong on {name} ({why}) and will not be "
+                              f"used; please report this line together with {file}", stacklevel=3)
         if times is None:
             usable = [t for t in tile_configs(device, dtype, product) if str(t) not in faults]
             times = _measure(device, dtype, product, k, m, usable)
-        table["faults"][dtype_name], table["microseconds"][key] = faults, times
+        table["faults"][str(dtype)], table["microseconds"][key] = faults, times
         with contextlib.suppress(OSError):                                 # a read-only folder: measured again
             file.with_suffix(".new").write_text(json.dumps(table, indent=1))
             file.with_suffix(".new").rename(file)
+    MEASURED[asked] = times
     return times
 
 
-def _row(times: dict, tokens: int) -> dict:
-    """What was measured with the number of tokens that is nearest to this one, as a ratio."""
-    return times[min(times, key=lambda n: max(n, tokens) / max(1, min(n, tokens)))]
-
-
 @functools.lru_cache(4096)
-def best_tile(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int, tokens: int) -> int:
-    """The tile config that was the fastest of those that are right, or 0, which leaves the choice to
-    moe_kernel.cu: on a CPU, and while a CUDA graph is captured, when nothing can be measured."""
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+def _fastest(product: tuple, tokens: int) -> tuple[int | None, float, float]:
+    """The fastest tile config for arguments of `measured`, or None; its microseconds, and those of torch. They
+    were measured with the number of tokens that is nearest to this one, as a ratio."""
+    times = measured(*product)
+    row = times[min(times, key=lambda n: max(n, tokens) / max(1, min(n, tokens)))]
+    tile = min(row.keys() - {"torch"}, key=row.get, default=None)
+    return tile and int(tile), row.get(tile, math.inf), row["torch"]
+
+
+def best_tile(*product, tokens: int) -> int:
+    """The fastest tile config for arguments of `measured`, or 0, which leaves the choice to moe_kernel.cu: on a
+    CPU, and if nothing has been measured before a CUDA graph is captured."""
+    if product[0].type == "cpu" or product not in MEASURED and torch.cuda.is_current_stream_capturing():
         return 0
-    row = {c: t for c, t in _row(measured(device, dtype, product, k, m), tokens).items() if c != "torch"}
-    if not row:
-        raise RuntimeError(f"no tile of moe_kernel.cu is right on {device}; choose the torch back end")
-    return int(min(row, key=row.get))
+    tile = _fastest(product, tokens)[0]
+    if tile is None:
+        raise RuntimeError(f"no tile of moe_kernel.cu is right on {product[0]}; choose the torch back end")
+    return tile
 
 
 def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, products) -> str:
     """"cuda" or "torch", whichever needs less time for the products (name, K, M) of a layer together."""
     if device.type != "cuda" or dtype not in DTYPES or library(device) is None:
         return "torch"
-    rows = [_row(measured(device, dtype, *product), tokens) for product in products]
-    cuda = sum(min((t for choice, t in row.items() if choice != "torch"), default=math.inf) for row in rows)
-    return "cuda" if cuda < sum(row["torch"] for row in rows) else "torch"
+    _, kernel, by_torch = zip(*(_fastest((device, dtype, *product), tokens) for product in products),
+                              strict=True)
+    return "cuda" if sum(kernel) < sum(by_torch) else "torch"
 
 
 # ---------------------------------------------------------------- their gradients

@@ -2423,8 +2423,8 @@ CPU = torch.device("cpu")
 
 def measured_again(*arguments):
     """What a process says that has not asked before."""
-    cached = inspect.unwrap(moe_kernel.measured, stop=lambda function: hasattr(function, "cache_clear"))
-    return cached.__wrapped__(*arguments)
+    moe_kernel.MEASURED.clear()
+    return moe_kernel.measured(*arguments)
 
 
 @pytest.fixture
@@ -2486,14 +2486,14 @@ def test_the_fastest_tile_and_back_end_of_the_nearest_size_are_chosen(monkeypatc
     monkeypatch.setattr(moe_kernel, "measured", lambda *_: times)
     monkeypatch.setattr(moe_kernel, "library", lambda device: object())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(moe_kernel, "best_tile", moe_kernel.best_tile.__wrapped__)
+    monkeypatch.setattr(moe_kernel, "_fastest", moe_kernel._fastest.__wrapped__)
     gpu, bf16, products = torch.device("cuda"), torch.bfloat16, [("linear", 64, 72), ("swiglu", 64, 72)]
     for tokens, tile, back_end in ((1, 2, "torch"), (250, 2, "torch"), (260, 1, "cuda"), (2000, 1, "cuda")):
-        assert moe_kernel.best_tile(gpu, bf16, "linear", 64, 72, tokens) == tile
+        assert moe_kernel.best_tile(gpu, bf16, "linear", 64, 72, tokens=tokens) == tile
         assert moe_kernel.fastest_back_end(gpu, bf16, tokens, products) == back_end
     assert moe_kernel.fastest_back_end(gpu, bf16, 9999, products) == "torch", "no tile is right"
     with pytest.raises(RuntimeError, match="no tile .* torch back end"):
-        moe_kernel.best_tile(gpu, bf16, "linear", 64, 72, 9999)
+        moe_kernel.best_tile(gpu, bf16, "linear", 64, 72, tokens=9999)
     assert moe_kernel.fastest_back_end(CPU, bf16, 64, products) == "torch"
     assert moe_kernel.fastest_back_end(gpu, torch.float64, 64, products) == "torch"
 
