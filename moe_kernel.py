@@ -2,7 +2,8 @@
 
 The model calls three functions of this file: `route` sorts the tokens by expert, `linear` and `swiglu` are
 the two routed products. They check, cast and reshape what they get. Below them are the operators, which
-PyTorch knows as torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu, their gradients, and the build.
+PyTorch knows as torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu, their gradients, the build, and
+what finds out on a device which tiles are right and which is the fastest. `python moe_kernel.py` shows it.
 
 Shapes: N tokens laid end to end, K -> M widths of a product. `permutation` (N,) int64 lists the token indices
 sorted by expert: text, then visual, then pads, each in reading order. `counts` (2,) int64 holds the numbers
@@ -12,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -35,7 +37,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}           # the
 TILES = {"small": 1, "medium": 2, "large": 3, "naive": 4,                  # the kernel's TileConfig
          "hopper64x64": 5, "hopper64x128": 6, "hopper128x192": 7, "hopper128x256": 8}
 SPLIT = 100                                        # s · SPLIT + a tile config: the sum is split in s parts
-SIZES = 64, 128, 256, 320, 512, 576, 1024, 1088, 1856, 2048, 3392, 4096    # tokens: powers of 2, 1 to 13 tiles
+SIZES = 64, 128, 256, 320, 512, 576, 1024, 1088, 1856, 2048, 3392, 4096    # tokens; of 1, 2, 4, 7, 13 tiles
+
+CHECKED_SIZES = (0, 8, 8), (1, 8, 8), (65, 200, 72), (270, 520, 264)       # tokens, K, M: tails everywhere
 
 
 # ---------------------------------------------------------------- the build
@@ -96,9 +100,9 @@ def library(device: torch.device) -> ctypes.CDLL | None:
         path = build(device)
         loaded = ctypes.CDLL(path)
         loaded.folder = Path(path).parent
-    except (ImportError, OSError, RuntimeError) as e:  # no fcntl, no compiler, a folder that is read-only, ...
+    except (ImportError, OSError, RuntimeError) as e:      # no fcntl, no compiler, a folder that is read-only
         lines = str(e).splitlines() or [""]
-        why = next((line for line in lines[1:] if re.search("error:|fatal|cannot find|not found", line)), lines[0])
+        why = next((line for line in lines[1:] if re.search("error:|fatal|(cannot|not) f", line)), lines[0])
         warnings.warn(f"no cuda back end on {device}: moe_kernel.cu could not be built ({why})", stacklevel=3)
         return None
     if device.type == "cpu":
@@ -197,36 +201,36 @@ def tile_configs(device: torch.device, dtype: torch.dtype, product: str) -> list
     return tiles + [s * SPLIT + t for t in tiles for s in (2, 4, 8) if t in [TILES[name] for name in split]]
 
 
-def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int) -> str | None:
-    """What is wrong with a tile config, or None. Compares with linear_naive_kernel in float32 on the same
-    numbers: tails in every direction, outputs full of NaN before, then NaN in the text tokens and weights."""
-    for n, k, m in (0, 8, 8), (1, 8, 8), (65, 200, 72), (270, 520, 264):
-        generator = torch.Generator().manual_seed(n)
-        x, *w = (torch.randn(size, k, generator=generator).to(device, dtype) for size in (n, m, m, m, m))
-        w = [weight / k ** 0.5 for weight in w]                            # w1 and w3 of text, then of visual
-        expert = (torch.arange(n) * 7 // 3 % 4).clamp(max=2).to(device, torch.uint8)
-        permutation, counts = _route(expert)
+def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: int, k: int, m: int) -> str:
+    """What is wrong with a tile config for these sizes, or "". Compares with linear_naive_kernel in float32
+    on the same numbers, first all outputs, then those of visual tokens while everything else is NaN."""
+    generator = torch.Generator().manual_seed(n)
+    x, *w = (torch.randn(size, k, generator=generator).to(device, dtype) for size in (n, m, m, m, m))
+    w = [weight / k ** 0.5 for weight in w]                                # w1 and w3 of text, then of visual
+    expert = (torch.arange(n) * 7 // 3 % 4).clamp(max=2).to(device, torch.uint8)
+    permutation, counts = _route(expert)
 
-        def naive(i, scatter):
-            y = torch.empty(n, m, device=device)
-            launch_linear(y, *(t.float() for t in (x, w[i], w[i + 2])), None, permutation, scatter, counts,
-                          TILES["naive"])
-            return y
-        expected = [naive(0, permutation), torch.nn.functional.silu(naive(0, None)) * naive(1, None)]
-        for is_compared in expert < 3, expert == 1:
-            if not is_compared.all():
-                x = x.masked_fill((expert != 1)[:, None], torch.nan)
-                w[:2] = [torch.full_like(weight, torch.nan) for weight in w[:2]]
-            y, h = results = [torch.full((n, m), torch.nan, device=device, dtype=dtype) for _ in range(2)]
-            launch_linear(y, x, w[0], w[2], None, permutation, permutation, counts, tile_config)
-            if tile_config < SPLIT:                                        # SwiGLU does not split sums
-                launch("moe_swiglu", device, x, *w, h, permutation, counts, n, k, m, DTYPES[dtype], tile_config)
-            for name, result, right, rows in zip(("linear", "SwiGLU")[:1 + (tile_config < SPLIT)], results,
-                                                 expected, (is_compared, is_compared[permutation])):
-                wrong = ~((result - right).abs() <= torch.finfo(dtype).eps * right.abs() + 1e-4)[rows]
-                if wrong.any():
-                    return f"{name} of {n} tokens, {k} to {m}: {int(wrong.sum())} of {wrong.numel()} numbers"
-    return None
+    def naive(i, scatter):
+        y = torch.empty(n, m, device=device)
+        weights = w[i].float(), w[i + 2].float()
+        launch_linear(y, x.float(), *weights, None, permutation, scatter, counts, TILES["naive"])
+        return y
+    linear, swiglu = naive(0, permutation), torch.nn.functional.silu(naive(0, None)) * naive(1, None)
+    for is_compared in expert < 3, expert == 1:
+        if not is_compared.all():
+            x = x.masked_fill((expert != 1)[:, None], torch.nan)
+            w[:2] = [torch.full_like(weight, torch.nan) for weight in w[:2]]
+        y, h = (torch.full((n, m), torch.nan, device=device, dtype=dtype) for _ in range(2))
+        launch_linear(y, x, w[0], w[2], None, permutation, permutation, counts, tile_config)
+        results = [("linear", y, linear, is_compared)]
+        if tile_config < SPLIT:                                            # SwiGLU does not split sums
+            launch("moe_swiglu", device, x, *w, h, permutation, counts, n, k, m, DTYPES[dtype], tile_config)
+            results.append(("SwiGLU", h, swiglu, is_compared[permutation]))
+        for product, result, right, rows in results:
+            wrong = ~((result - right).abs() <= torch.finfo(dtype).eps * right.abs() + 1e-4)[rows]
+            if wrong.any():
+                return f"{product} of {n} tokens, {k} to {m}: {int(wrong.sum())} of {wrong.numel()} numbers"
+    return ""
 
 
 def _microseconds(device: torch.device, calls: dict, copies: int) -> dict[str, float]:
@@ -317,16 +321,17 @@ def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
         except (OSError, ValueError, KeyError, TypeError, AttributeError):    # none yet, old or damaged
             table, faults, times = made_with | {"faults": {}, "microseconds": {}}, None, None
         if faults is None:
-            faults = {str(t): why for t in tile_configs(device, dtype, "linear")
-                      if (why := _find_fault(device, dtype, t))}
-            for tile, why in faults.items():
-                warnings.warn(f"tile config {tile} of moe_kernel.cu is wrong on {name} ({why}) and will not be "
-                              f"used; please report this line together with {file}", stacklevel=3)
+            faults = {}
+            for tile, sizes in itertools.product(tile_configs(device, dtype, "linear"), CHECKED_SIZES):
+                if str(tile) not in faults and (why := _find_fault(device, dtype, tile, *sizes)):
+                    faults[str(tile)] = why
+                    warnings.warn(f"tile config {tile} of moe_kernel.cu is wrong on {name} ({why}) and will "
+                                  f"not be used; please report this line together with {file}", stacklevel=3)
         if times is None:
             usable = [t for t in tile_configs(device, dtype, product) if str(t) not in faults]
             times = _measure(device, dtype, product, k, m, usable)
         table["faults"][str(dtype)], table["microseconds"][key] = faults, times
-        with contextlib.suppress(OSError):                                 # a read-only folder: measured again
+        with contextlib.suppress(OSError):                                 # from a read-only folder
             file.with_suffix(".new").write_text(json.dumps(table, indent=1))
             file.with_suffix(".new").rename(file)
     MEASURED[asked] = times
@@ -335,8 +340,8 @@ def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
 
 @functools.lru_cache(4096)
 def _fastest(product: tuple, tokens: int) -> tuple[int | None, float, float]:
-    """The fastest tile config for arguments of `measured`, or None; its microseconds, and those of torch. They
-    were measured with the number of tokens that is nearest to this one, as a ratio."""
+    """The fastest tile config for arguments of `measured`, or None; its microseconds, and those of torch,
+    with the number of tokens that is nearest to this one, as a ratio."""
     times = measured(*product)
     row = times[min(times, key=lambda n: max(n, tokens) / max(1, min(n, tokens)))]
     tile = min(row.keys() - {"torch"}, key=row.get, default=None)
@@ -344,8 +349,8 @@ def _fastest(product: tuple, tokens: int) -> tuple[int | None, float, float]:
 
 
 def best_tile(*product, tokens: int) -> int:
-    """The fastest tile config for arguments of `measured`, or 0, which leaves the choice to moe_kernel.cu: on a
-    CPU, and if nothing has been measured before a CUDA graph is captured."""
+    """The fastest tile config for arguments of `measured`, or 0, which leaves the choice to moe_kernel.cu: on
+    a CPU, and if nothing has been measured before a CUDA graph is captured."""
     if product[0].type == "cpu" or product not in MEASURED and torch.cuda.is_current_stream_capturing():
         return 0
     tile = _fastest(product, tokens)[0]

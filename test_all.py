@@ -2400,8 +2400,9 @@ def test_nvcc_compiles_it_without_warnings_or_spills(tmp_path):
 
 
 @pytest.mark.parametrize("output, message", [
-    (None, "nvcc is missing; install"), ("nvcc fatal   : Unsupported gpu architecture 'compute_90a'", "'compute_90a'"),
-    ("ld: cannot find -lcudart_static: No such file\ncollect2: error: ld returned 1 exit status", "-lcudart_static")])
+    (None, "nvcc is missing; install"),
+    ("nvcc fatal   : Unsupported gpu architecture 'compute_90a'", "'compute_90a'"),
+    ("ld: cannot find -lcudart_static: No such file\ncollect2: error: ld returned 1", "-lcudart_static")])
 def test_without_a_good_nvcc_one_line_names_what_is_missing(tmp_path, monkeypatch, output, message):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -2439,7 +2440,8 @@ def own_table(tmp_path, monkeypatch):
     lambda y: y[-1].zero_(), lambda y: y[:, -1].fill_(math.nan), lambda y: y.mul_(1 + 2 ** -6),
     lambda y: y.fill_(math.nan) if y.isnan().any() else y])
 @pytest.mark.parametrize("function", ["moe_linear", "moe_swiglu"])
-def test_a_tile_that_is_wrong_on_this_device_is_reported_and_never_used(own_table, monkeypatch, function, spoil):
+def test_a_tile_that_is_wrong_on_this_device_is_reported_and_never_used(
+        own_table, monkeypatch, function, spoil):
     """A lost row, NaN in a column, an error of three roundings, NaN that spreads from one expert to all."""
     def spoiled(name, device, *arguments, launch=moe_kernel.launch):
         launch(name, device, *arguments)
@@ -2452,10 +2454,10 @@ def test_a_tile_that_is_wrong_on_this_device_is_reported_and_never_used(own_tabl
     assert len(warned) == 1 and all(row.keys() == {"1", "201", "torch"} for row in times.values())
 
 
-def test_what_was_measured_is_kept_until_the_device_or_its_software_changes_or_the_file_is_damaged(
+def test_what_was_measured_is_kept_until_device_or_software_change_or_its_file_is_damaged(
         own_table, monkeypatch):
-    launches = []
-    monkeypatch.setattr(moe_kernel, "launch", lambda *a, launch=moe_kernel.launch: launches.append(launch(*a)))
+    launches, launch = [], moe_kernel.launch
+    monkeypatch.setattr(moe_kernel, "launch", lambda *arguments: launches.append(launch(*arguments)))
     asked = CPU, torch.float32, "linear", 64, 72
     times, text = measured_again(*asked), own_table.read_text()
     for other in (b"", b"null", b"[1]", text.encode()[:-9], text.replace('"torch":', '"x":').encode(),
@@ -2482,7 +2484,8 @@ def test_two_processes_measure_once(tmp_path):
 
 
 def test_the_fastest_tile_and_back_end_of_the_nearest_size_are_chosen(monkeypatch):
-    times = {64: {"1": 3.0, "2": 2.0, "torch": 1.0}, 1024: {"1": 5.0, "2": 9.0, "torch": 7.0}, 4096: {"torch": 1.0}}
+    times = {64: {"1": 3.0, "2": 2.0, "torch": 1.0}, 1024: {"1": 5.0, "2": 9.0, "torch": 7.0},
+             4096: {"torch": 1.0}}
     monkeypatch.setattr(moe_kernel, "measured", lambda *_: times)
     monkeypatch.setattr(moe_kernel, "library", lambda device: object())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -2600,9 +2603,10 @@ PLANTED_BUGS = {                                   # name: what stands in moe_ke
     "a missing barrier": ("        __syncthreads();              // now those of", "        // now those of"),
     "a missing barrier in the scan": ("__syncthreads();  // all threads have read before any writes", ""),
     "a wait one group too short": ("cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()"),
-    "a load before the barrier": ("        cp_async_wait<STAGES - 2>();", "        load(k_tile + STAGES - 1);\n"
-                                  "        cp_async_wait<STAGES - 1>();\n        auto load = [](int) {};"),
-    "rows off by one": ("tokens.begin + row + i * ROWS_PER_PASS", "tokens.begin + row + i * ROWS_PER_PASS + 1"),
+    "a load before the barrier": ("        cp_async_wait<STAGES - 2>();",
+                                  "        load(k_tile + STAGES - 1);\n        cp_async_wait<STAGES - 1>();\n"
+                                  "        auto load = [](int) {};"),
+    "rows off by one": ("tokens.begin + row + i", "tokens.begin + 1 + row + i"),
     "the wrong expert at the boundary tile": ("token_tile < num_text_tiles", "token_tile <= num_text_tiles"),
     "a column past the tail": ("if (column >= p.out_features) ret", "if (column > p.out_features) ret"),
     "numbers past the tail of K": ("source != nullptr && k < in_features;", "source != nullptr;"),
