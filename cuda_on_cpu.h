@@ -173,17 +173,13 @@ namespace cuda_on_cpu {
 static std::map<void*, int> max_shared_bytes;  // of kernels that may use more than 48 KB
 static cudaError_t last_error = cudaSuccess;
 }
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor };
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
     if (bytes > 227 << 10) return cudaErrorInvalidValue;  // the limit on sm_90
     return cuda_on_cpu::max_shared_bytes[(void*)kernel] = bytes, cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 9;  // an H100
-    return cudaSuccess;
-}
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 9, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }

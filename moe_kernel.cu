@@ -555,29 +555,20 @@ template <bool SWIGLU> using Hopper64x64 = BlockTile<64, 64, 64, 4, 1, 6, 2, 1>;
 template <bool SWIGLU> using Hopper64x128 = BlockTile<64, 128, 64, 4, 1, 4, 2, 0>;
 template <bool SWIGLU> using Hopper128x192 = BlockTile<128, 192, 64, 8, 1, 5, 1, 1>;
 template <bool SWIGLU> using Hopper128x256 = BlockTile<128, 256, 64, 8, 1, 4, 1, 1>;
-// AUTO chooses among the first three by a rule. moe_kernel.py knows better what is the fastest, since it has
-// measured all of them. NAIVE runs linear_naive_kernel.
+// AUTO is a guess for when nothing has been measured. NAIVE runs linear_naive_kernel.
 enum TileConfig {
     AUTO, SMALL, MEDIUM, LARGE, NAIVE, HOPPER_64x64, HOPPER_64x128, HOPPER_128x192, HOPPER_128x256
 };
 
 template <bool SWIGLU, typename T>
 static int launch_gemm(const Problem<T>& p, int tile_config, cudaStream_t stream) {
-    int device = 0, multiprocessors = 0, capability = 0;
+    int device = 0, capability = 0;
     cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
     if (error != cudaSuccess) return error;
     if (tile_config >= HOPPER_64x64 && capability != 9) return cudaErrorInvalidValue;
-    if (tile_config == AUTO) {  // the largest block tile of which every multiprocessor gets at least one
-        auto fills_device = [&](int BM, int BN) {
-            return int64_t(div_up(p.num_tokens, BM)) * div_up(p.out_features, SWIGLU ? BN / 2 : BN) >=
-                   multiprocessors;
-        };
-        tile_config = fills_device(128, 128) ? LARGE : fills_device(64, 128) ? MEDIUM : SMALL;
-    }
+    if (tile_config == AUTO) tile_config = p.num_tokens <= 64 ? SMALL : p.num_tokens <= 1024 ? MEDIUM : LARGE;
 #define LAUNCH_TILE(CONFIG, KERNEL, TILE) \
     case CONFIG: return launch_block_tile<TILE<SWIGLU>, SWIGLU>(p, KERNEL<T, TILE<SWIGLU>, SWIGLU>, stream);
     switch (tile_config) {

@@ -405,7 +405,7 @@ def _swiglu_setup(ctx, inputs, output):
 def _swiglu_backward(ctx, dh):
     x, w1_text, w3_text, w1_visual, w3_visual, permutation, counts = ctx.saved_tensors
     routed, need = (permutation, counts), ctx.needs_input_grad
-    # gate and up are computed a second time: to keep them would take twice the memory of h.
+    # gate and up are computed a second time, since the operator returns neither.
     gate = _linear(x, w1_text, w1_visual, *routed, None, True, False, ctx.tile_config).float()
     up = _linear(x, w3_text, w3_visual, *routed, None, True, False, ctx.tile_config).float()
     s = gate.sigmoid()
@@ -477,7 +477,13 @@ def swiglu(x: Tensor, text: Sequence[Tensor], visual: Sequence[Tensor], permutat
     flat, *first, w2_text, w2_visual = _cast_for_autocast(
         x.reshape(-1, x.shape[-1]), *text[:2], *visual[:2], text[2], visual[2])
     _check(flat, first, permutation, counts)
-    h = _swiglu(flat, *first, permutation, counts, 0)                      # stays in permuted order
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *first)):
+        # The backward pass needs gate and up. _swiglu would compute them a second time then.
+        gate, up = (_linear(flat, *weights, permutation, counts, None, True, False, 0)
+                    for weights in (first[::2], first[1::2]))
+        h = torch.nn.functional.silu(gate) * up
+    else:
+        h = _swiglu(flat, *first, permutation, counts, 0)                  # stays in permuted order
     _check(h, (w2_text, w2_visual), permutation, counts)
     return _linear(h, w2_text, w2_visual, permutation, counts, None, False, True, 0).view(x.shape)
 

@@ -2237,7 +2237,7 @@ def test_inputs_may_have_any_leading_shape_and_layout_and_autocast_casts_them(de
     for layout in (lambda t: t.repeat_interleave(2, -1)[..., ::2],         # every other number
                    lambda t: F.pad(t.flatten(), (1, 0))[1:].view_as(t),    # one number off
                    lambda t: t.mT.contiguous().mT):                        # transposed
-        tensors = [layout(t.detach()) for t in cast]
+        tensors = [layout(t.detach()).requires_grad_() for t in cast]
         assert all(map(torch.equal, both_products(tensors[0], tensors[1:], *routed), expected))
 
 
@@ -2389,14 +2389,16 @@ def test_two_processes_build_once_and_a_killed_build_stops_nobody(tmp_path, monk
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sm", ["80", "90a", "120"])
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-def test_nvcc_compiles_it_without_warnings_or_spills(tmp_path):
-    report = subprocess.run(["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_80,code=sm_80", "-Werror",
-                             "all-warnings", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "moe.cubin",
+def test_nvcc_compiles_it_without_warnings_spills_or_products_one_after_another(tmp_path, sm):
+    """C7500 to C7599 are ptxas' remarks about wgmma that it cannot run asynchronously."""
+    report = subprocess.run(["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}",
+                             "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "moe.cubin",
                              HERE / "moe_kernel.cu"], text=True, capture_output=True)
-    assert report.returncode == 0 and "warning" not in report.stderr, report.stderr
+    assert report.returncode == 0 and not re.search("warning|C75", report.stderr), report.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
-    assert len(spills) >= 18 and set(spills) == {("0", "0")}
+    assert len(spills) >= 28 and set(spills) == {("0", "0")}
 
 
 @pytest.mark.parametrize("output, message", [
