@@ -6,7 +6,7 @@
 //
 // The model. Every CUDA thread of a block is a fiber, which means that it has a stack of its own, on which
 // the kernel runs as ordinary C++. A fiber runs until the kernel has to wait for other threads: at
-// __syncthreads, or at an instruction that a whole warp or warpgroup executes together (ldmatrix, mma, wgmma).
+// __syncthreads, or at an instruction that a warp or a warpgroup executes together (ldmatrix, mma, wgmma).
 // Then the next fiber runs. The blocks run one after another. Atomics, races between blocks and TMA are not
 // modelled. The model is strict in the following ways, so that tests find mistakes:
 //   - Shared memory is filled with NaN when a block starts. If a kernel reads memory that no thread wrote,
@@ -46,10 +46,11 @@
 #define SM80_ASM(...) asm volatile(__VA_ARGS__)
 #endif
 
+__device__ __forceinline__ unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }
 // Copies 16 bytes from global to shared memory asynchronously. Only the first `bytes` of them are read from
 // the source, and the rest are zeros. With bytes = 0 the source is not read at all.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, int bytes) {
-    const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+    const unsigned to = shared_address(shared);
     SM80_ASM("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 // cp_async_commit closes the current group of copies. cp_async_wait waits until at most PENDING of the latest
@@ -61,7 +62,7 @@ template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
 // Loads four 8x8 matrices of 16-bit numbers into the registers of a warp. Lane l passes the address of row
 // l%8 of matrix l/8. In r[i] it receives two numbers of matrix i: row l/4, columns 2*(l%4) and 2*(l%4)+1.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-    const unsigned from = unsigned(__cvta_generic_to_shared(row));
+    const unsigned from = shared_address(row);
     SM80_ASM("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
          : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
 }
@@ -85,26 +86,22 @@ MMA(__half, "f16")
 #else
 #define SM90A_ASM(...) __trap()
 #endif
-// The descriptor of a matrix with K numbers in each row, of which 64 are 128 bytes and lie in shared memory in the
-// 128-byte swizzle. Bits 0-13 are its address, bits 32-45 the 1024 bytes from 8 rows to the next 8 rows, both in
-// units of 16 bytes. Bits 62-63 are 1 for this swizzle. It ignores bits 16-29.
-__device__ __forceinline__ uint64_t wgmma_descriptor(const void* matrix) {
-    const uint64_t address = __cvta_generic_to_shared(matrix);
-    return address >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-}
-__device__ __forceinline__ void fence_proxy_async() { SM90A_ASM("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_fence() { SM90A_ASM("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { SM90A_ASM("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+#define SM90A(NAME, INSTRUCTION) \
+    __device__ __forceinline__ void NAME() { SM90A_ASM(INSTRUCTION ";" ::: "memory"); }
+SM90A(fence_proxy_async, "fence.proxy.async.shared::cta")
+SM90A(wgmma_fence, "wgmma.fence.sync.aligned")
+SM90A(wgmma_commit, "wgmma.commit_group.sync.aligned")
 template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     SM90A_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// The compiler does not know that wgmma is asynchronous. This keeps it from reading the sums before this point.
+// The compiler does not know that wgmma is asynchronous. This keeps it from reading sums before this point.
 __device__ __forceinline__ void not_before(float (&c)[4]) {
     asm volatile("" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])::"memory");
 }
-// C (64xN, fp32) += A (64x16) · B (16xN), where N is 8 · GROUPS. a and b describe A and the transpose of B. Warp w
-// of the warpgroup holds rows 16w to 16w + 15 of C, and c[j] is what mma would leave of columns 8j to 8j + 7.
-#define R10(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+// C (64xN, fp32) += A (64x16) · B (16xN). a and b describe A and the transpose of B. Warp w of the warpgroup
+// holds rows 16w to 16w + 15 of C, and c[j] is what mma would leave of its columns 8j to 8j + 7.
+#define R5(t, a, b, c, d, e) "%" #t #a ", %" #t #b ", %" #t #c ", %" #t #d ", %" #t #e
+#define R10(t) R5(t, 0, 1, 2, 3, 4) ", " R5(t, 5, 6, 7, 8, 9)
 #define R30 R10() ", " R10(1) ", " R10(2)
 #define R60 R30 ", " R10(3) ", " R10(4) ", " R10(5)
 #define R90 R60 ", " R10(6) ", " R10(7) ", " R10(8)
@@ -176,16 +173,13 @@ namespace cuda_on_cpu {
 static std::map<void*, int> max_shared_bytes;  // of kernels that may use more than 48 KB
 static cudaError_t last_error = cudaSuccess;
 }
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor };
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
     if (bytes > 227 << 10) return cudaErrorInvalidValue;  // the limit on sm_90
     return cuda_on_cpu::max_shared_bytes[(void*)kernel] = bytes, cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 9;  // an H100
-    return cudaSuccess;
-}
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 9, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
@@ -249,6 +243,11 @@ inline void prepare_stack(Context& c, char* stack, size_t size, void (*entry)())
     c = top;
 }
 #endif
+
+template <class... Args> [[noreturn]] void fail(const char* format, Args... args) {
+    fprintf(stderr, format, args...);
+    abort();
+}
 
 struct Copy {                                            // one cp.async
     void* to;
@@ -346,12 +345,9 @@ inline void check_together(const Thread* threads, int n, const char* group) {
     for (int i = 1; i < n; i++) {
         const Thread &a = threads[0], &b = threads[i];
         if (a.at == b.at && (a.line == b.line || a.at == &finished)) continue;
-        fprintf(stderr,
-                "cuda_on_cpu: threads of one %s diverge in block (%u, %u, %u): thread %d is at %s (line %d), "
-                "thread %d at %s (line %d)\n",
-                group, gpu.block.x, gpu.block.y, gpu.block.z, int(&a - gpu.threads.data()), a.at->name,
-                a.line, int(&b - gpu.threads.data()), b.at->name, b.line);
-        abort();
+        fail("cuda_on_cpu: threads of one %s diverge in block (%u, %u, %u): thread %d is at %s (line %d), "
+             "thread %d at %s (line %d)\n", group, gpu.block.x, gpu.block.y, gpu.block.z,
+             int(&a - gpu.threads.data()), a.at->name, a.line, int(&b - gpu.threads.data()), b.at->name, b.line);
     }
 }
 // Runs n threads, which are a warp or a warpgroup, until all of them wait for others or have ended.
@@ -364,8 +360,7 @@ inline void run_together(Thread* threads, int n, int group, bool reverse) {
         }
         check_together(threads, n, group == 32 ? "warp" : "warpgroup");
         if (threads->at->threads != group) return;
-        if (n != group)
-            fprintf(stderr, "cuda_on_cpu: %s by %d threads, not %d\n", threads->at->name, n, group), abort();
+        if (n != group) fail("cuda_on_cpu: %s by %d threads, not %d\n", threads->at->name, n, group);
         threads->at->execute(threads);
     }
 }
@@ -406,7 +401,7 @@ inline void launch(void* function, dim3 grid, dim3 block, size_t shared_bytes, s
         gpu.threads.emplace_back();
         gpu.threads.back().stack = static_cast<char*>(
             mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        if (gpu.threads.back().stack == MAP_FAILED) perror("cuda_on_cpu: a stack"), abort();
+        if (gpu.threads.back().stack == MAP_FAILED) fail("cuda_on_cpu: no memory for a stack\n");
     }
     gpu.grid_size = grid;
     gpu.block_size = block;
@@ -428,10 +423,10 @@ template <class T> float element(const uint32_t& pair, int i) {
     return to_float32(reinterpret_cast<const T*>(&pair)[i]);
 }
 
-// The place of an address in shared memory. Aborts unless it is a multiple of 16, as 16-byte accesses need it.
+// The place of an address in shared memory. Aborts unless it is a multiple of 16, as all accesses here need.
 inline size_t shared_offset(const void* address) {
     const size_t offset = static_cast<const unsigned char*>(address) - gpu.shared;
-    if (offset % 16) fprintf(stderr, "cuda_on_cpu: a misaligned address in shared memory\n"), abort();
+    if (offset % 16) fail("cuda_on_cpu: a misaligned address in shared memory\n");
     return offset;
 }
 
@@ -447,7 +442,7 @@ inline void execute_ldmatrix(Thread* lanes) {
     for (int i = 0; i < 4; i++) {  // the 8 rows of a matrix must lie in different banks: 128 bytes at a time
         unsigned banks = 0;
         for (int l = 0; l < 8; l++) banks |= 1 << shared_offset(lanes[i * 8 + l].operands[1]) / 16 % 8;
-        if (banks != 0xff) fprintf(stderr, "cuda_on_cpu: bank conflicts in ldmatrix\n"), abort();
+        if (banks != 0xff) fail("cuda_on_cpu: bank conflicts in ldmatrix\n");
     }
     for (int l = 0; l < 32; l++)
         for (int i = 0; i < 4; i++)
@@ -480,7 +475,7 @@ template <class T> static const Instruction mma{"mma", execute_mma<T>, 32};
 // bits 0-13, and the distance between two groups of 8 rows divided by 16 in bits 32-45. Bits 62-63 are 1 for
 // the 128-byte swizzle. Its rows are 128 bytes apart, and bits 4-6 of an address are xored with bits 7-9.
 template <class T> float element_of_shared_matrix(uint64_t descriptor, int row, int k) {
-    if (descriptor >> 62 != 1 || descriptor >> 46 & 0x3f) fprintf(stderr, "cuda_on_cpu: descriptor\n"), abort();
+    if (descriptor >> 62 != 1 || descriptor >> 46 & 0x3f) fail("cuda_on_cpu: not the 128-byte swizzle\n");
     const unsigned start = (descriptor & 0x3fff) * 16, stride = (descriptor >> 32 & 0x3fff) * 16;
     const unsigned address = start + row / 8 * stride + row % 8 * 128 + k * 2;
     const unsigned swizzled = address ^ (address >> 7 & 7) << 4;
@@ -506,9 +501,8 @@ template <class T, int N> void execute_wgmma(Thread* threads) {
     Product product{descriptors[0], descriptors[1], {}, execute_product<T, N>};
     for (int i = 0; i < 128; i++) {
         product.sums[i] = static_cast<float*>(threads[i].operands[0]);
-        if (memcmp(threads[i].operands[1], descriptors, 16) || !threads[i].registers_fenced)
-            fprintf(stderr, "cuda_on_cpu: thread %d of a warpgroup passes another descriptor to wgmma, or has not "
-                            "executed wgmma.fence\n", i), abort();
+        if (memcmp(threads[i].operands[1], descriptors, 16)) fail("cuda_on_cpu: descriptors of wgmma differ\n");
+        if (!threads[i].registers_fenced) fail("cuda_on_cpu: wgmma without wgmma.fence\n");
     }
     if (gpu.eager) threads->products.back().push_back(product);
     else product.execute(product);
@@ -520,7 +514,8 @@ template <int PENDING> void execute_wgmma_wait(Thread* threads) {
 }
 inline void execute_wgmma_commit(Thread* threads) { threads->products.emplace_back(); }
 template <class T, int N> static const Instruction wgmma{"wgmma", execute_wgmma<T, N>, 128};
-template <int PENDING> static const Instruction wgmma_wait{"wgmma.wait_group", execute_wgmma_wait<PENDING>, 128};
+template <int PENDING>
+static const Instruction wgmma_wait{"wgmma.wait_group", execute_wgmma_wait<PENDING>, 128};
 static const Instruction wgmma_commit{"wgmma.commit_group", execute_wgmma_commit, 128};
 }  // namespace cuda_on_cpu
 
@@ -554,13 +549,12 @@ inline void fence_proxy_async() {
     for (size_t chunk : cuda_on_cpu::gpu.running->unfenced) cuda_on_cpu::gpu.visible.at(chunk) = true;
     cuda_on_cpu::gpu.running->unfenced.clear();
 }
-inline uint64_t wgmma_descriptor(const void* tile) {
-    const uint64_t address = static_cast<const unsigned char*>(tile) - cuda_on_cpu::gpu.shared;
-    return address >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-}
+inline unsigned shared_address(const void* p) { return unsigned(cuda_on_cpu::shared_offset(p)); }
 inline void not_before(float (&)[4]) {}
 inline void wgmma_fence() { cuda_on_cpu::gpu.running->registers_fenced = true; }
-inline void wgmma_commit(int line = __builtin_LINE()) { cuda_on_cpu::wait_at(cuda_on_cpu::wgmma_commit, line); }
+inline void wgmma_commit(int line = __builtin_LINE()) {
+    cuda_on_cpu::wait_at(cuda_on_cpu::wgmma_commit, line);
+}
 template <int PENDING> void wgmma_wait(int line = __builtin_LINE()) {
     cuda_on_cpu::wait_at(cuda_on_cpu::wgmma_wait<PENDING>, line);
 }
@@ -572,3 +566,10 @@ void wgmma(T, float (&c)[GROUPS][4], uint64_t a, uint64_t b, int line = __builti
     cuda_on_cpu::wait_at(cuda_on_cpu::wgmma<T, GROUPS * 8>, line);
 }
 #endif
+
+// The descriptor of a matrix in shared memory that has 64 numbers of 16 bits in a row, in the 128-byte swizzle.
+// Bits 0-13 are its address, bits 32-45 the 1024 bytes from 8 rows to the next 8 rows, both in units of 16
+// bytes. Bits 62-63 are 1 for this swizzle, which ignores bits 16-29.
+__device__ inline uint64_t wgmma_descriptor(const void* matrix) {
+    return shared_address(matrix) >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}

@@ -2,7 +2,7 @@
 //
 // What. Every token has a fixed expert: text, visual or none (pad). A routed product multiplies the text
 // tokens by the weights of the text expert, and the visual tokens by those of the visual expert:
-//     moe_linear   y[token] = x[token] · w_e^T  (+ residual[token])          wqkv, wo, second half of the FFN
+//     moe_linear   y[token] = x[token] · w_e^T  (+ residual[token])        wqkv, wo, second half of the FFN
 //     moe_swiglu   h[token] = silu(x[token] · w1_e^T) * (x[token] · w3_e^T)  first half of the FFN
 // where e is the expert of the token. The output of a pad is zero, plus its residual if there is one. Pads
 // are never read from x.
@@ -30,9 +30,9 @@
 // are none. Since the host never waits for the device, a CUDA graph can capture all of it.
 //
 // Reading order: route_kernel; linear_naive_kernel, which is the whole idea in 20 lines; find_token_tile and
-// the other parts that the tiled kernels share; gemm_kernel, for bf16 and fp16 on the tensor cores of every GPU
-// since sm_80; wgmma_kernel, for those of Hopper GPUs; add_partial_sums_kernel, which a product needs if
-// several blocks share the sum of an output (split-K); gemm_fp32_kernel; and the launchers, which Python calls.
+// the other parts that the tiled kernels share; gemm_kernel, for bf16 and fp16 on tensor cores since sm_80;
+// wgmma_kernel, for those of Hopper GPUs; add_partial_sums_kernel, for sums that several blocks share
+// (split-K); gemm_fp32_kernel; and the launchers, which Python calls.
 //
 // Floors. M·N·K multiply-adds for moe_linear, twice as many for moe_swiglu. The traffic is at least one read
 // of each weight matrix in use, one read of x and one write of y. The FFN of the 2B model (widths 2048 and
@@ -62,8 +62,8 @@ template <typename T> struct Problem {
     const int64_t *gather, *scatter;  // the permutation; null if x, or y, is in permuted order already
     const int64_t* counts;
     int num_tokens, in_features, out_features;
-    float* partial_sums;              // (splits, num_tokens, out_features) in permuted order; null if splits = 1
-    int splits;                       // how many blocks share the sum of an output; each sums a part of K
+    float* partial_sums;              // (splits, num_tokens, out_features) in permuted order, or null
+    int splits;                       // how many blocks share the sum of an output, each over a part of K
 };
 
 __device__ inline float to_float(float v) { return v; }
@@ -159,7 +159,7 @@ template <typename T> struct alignas(16) Vector {  // loaded or stored by one 16
 };
 
 __device__ inline float silu(float v) { return v / (1 + expf(-v)); }
-// A relative error of about 1e-6 does not matter before rounding to 16 bits, and it saves half of the instructions.
+// Half of the instructions, for a relative error of about 1e-6, which does not matter in 16 bits.
 __device__ inline float fast_silu(float v) { return __fdividef(v, 1 + __expf(-v)); }
 
 // Writes 16 bytes of one row of y, from fp32 sums. out_features is a multiple of 8, so a vector lies entirely
@@ -181,9 +181,11 @@ __device__ inline void store_vector(const Problem<T>& p, int64_t y_row, int colu
 // A block computes BM tokens x BN weight rows, BK numbers along K at a time. It consists of WARPS_M x WARPS_N
 // warps, and each warp computes a warp tile of WM x WN. Shared memory holds a ring of STAGES stages: while
 // the warps multiply one stage, cp.async fills others. BLOCKS and PENDING belong to wgmma_kernel.
-template <int BM_, int BN_, int BK_, int WARPS_M_, int WARPS_N_, int STAGES_, int BLOCKS_ = 1, int PENDING_ = 0>
+template <int BM_, int BN_, int BK_, int WARPS_M_, int WARPS_N_, int STAGES_, int BLOCKS_ = 1,
+          int PENDING_ = 0>
 struct BlockTile {
-    static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_, BLOCKS = BLOCKS_, PENDING = PENDING_;
+    static constexpr int BM = BM_, BN = BN_, BK = BK_, STAGES = STAGES_;
+    static constexpr int BLOCKS = BLOCKS_, PENDING = PENDING_;
     static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, WM = BM / WARPS_M, WN = BN / WARPS_N;
     static constexpr int THREADS = 32 * WARPS_M * WARPS_N;
     static constexpr int STAGE_SIZE = (BM + BN) * BK, SHARED_BYTES = STAGES * STAGE_SIZE * 2;
@@ -191,9 +193,9 @@ struct BlockTile {
 
 // Which weights lie in which row of the weight tile in shared memory. The product would allow any order. This
 // one makes the epilogue cheap. mma leaves lane l with the sums of tile rows 8g + 2q and 8g + 2q + 1 in every
-// group g of 8 tile rows, where q is l % 4. Four consecutive groups, h = 0 to 3, serve 32 columns: tile row 8h
-// + 2q + i holds the weights of column 8q + 2h + i. So the four pairs of a lane are the 8 adjacent columns 8q
-// to 8q + 7, and one 16-byte access stores them. In SwiGLU, the first half of the rows of a warp is from w1 and
+// group g of 8 tile rows, where q is l % 4. Four consecutive groups, h = 0 to 3, serve 32 columns: tile row
+// 8h + 2q + i holds the weights of column 8q + 2h + i. So the four pairs of a lane are the 8 adjacent columns
+// 8q to 8q + 7, and one 16-byte access stores them. In SwiGLU, the first half of a warp's rows is from w1 and
 // the second half from w3, so that the gate and the up value of an output are in the same lane.
 template <typename Tile, bool SWIGLU> __device__ inline bool is_row_of_w3(int tile_row) {
     return SWIGLU && tile_row % Tile::WN >= Tile::WN / 2;
@@ -213,12 +215,13 @@ template <typename T, typename Tile, bool SWIGLU> struct TileLoader {
     static_assert(BM % ROWS_PER_PASS == 0 && BN % ROWS_PER_PASS == 0 && ROWS_PER_PASS % 8 == 0,
                   "whole passes fill a tile, and row % 8, on which the swizzle depends, is the same in each");
     // The swizzle. ldmatrix and wgmma read the same chunk of 8 consecutive tile rows at once. The 32 banks of
-    // shared memory serve 128 bytes at a time, and 64 / BK tile rows fill 128 bytes. Without a swizzle, several
-    // of the 8 chunks would be in the same banks. So chunk c of tile row r is stored as chunk c ^ (r % 8 /
-    // ROWS_PER_128_BYTES), which spreads the 8 chunks over all banks.
+    // shared memory serve 128 bytes at a time, and 64 / BK tile rows fill 128 bytes. Without a swizzle,
+    // several of the 8 chunks would be in the same banks. So chunk c of tile row r is stored as chunk
+    // c ^ (r % 8 / ROWS_PER_128_BYTES), which spreads the 8 chunks over all banks.
     static constexpr int ROWS_PER_128_BYTES = 64 / BK;
 
-    const T *x, *x_sources[BM / ROWS_PER_PASS], *w_sources[BN / ROWS_PER_PASS];  // null: no such row, load zeros
+    const T *x_sources[BM / ROWS_PER_PASS], *w_sources[BN / ROWS_PER_PASS];  // null: no such row, load zeros
+    const T* x;
     T* destination;
     int first_k, in_features, num_k_tiles;
 
@@ -237,9 +240,8 @@ template <typename T, typename Tile, bool SWIGLU> struct TileLoader {
         for (int i = 0; i < BN / ROWS_PER_PASS; i++) {
             const int tile_row = row + i * ROWS_PER_PASS;
             const int column = first_column + column_of_weight_row<Tile, SWIGLU>(tile_row);
-            w_sources[i] = nullptr;
-            if (column < p.out_features)
-                w_sources[i] = (is_row_of_w3<Tile, SWIGLU>(tile_row) ? w3 : w1) + int64_t(column) * p.in_features;
+            const T* const w = is_row_of_w3<Tile, SWIGLU>(tile_row) ? w3 : w1;
+            w_sources[i] = column < p.out_features ? w + int64_t(column) * p.in_features : nullptr;
         }
         x = p.x;
         destination = shared + row * BK + (chunk ^ row % 8 / ROWS_PER_128_BYTES) * 8;
@@ -294,7 +296,8 @@ __device__ inline void store_tile(const Problem<T>& p, const TokenTile& tokens, 
                 store_vector(p, y_row, column, result, permuted_index >= tokens.pads_begin);
             } else if (column < p.out_features) {
                 const int64_t row = int64_t(blockIdx.z % p.splits) * p.num_tokens + permuted_index;
-                auto* const to = reinterpret_cast<Vector<float>*>(p.partial_sums + row * p.out_features + column);
+                float* const sums = p.partial_sums + row * p.out_features + column;
+                auto* const to = reinterpret_cast<Vector<float>*>(sums);
                 to[0] = {result[0], result[1], result[2], result[3]};
                 to[1] = {result[4], result[5], result[6], result[7]};
             }
@@ -356,19 +359,18 @@ __global__ void __launch_bounds__(Tile::THREADS) gemm_kernel(const Problem<T> p)
 // A warp of gemm_kernel moves every number from shared memory to registers before it can multiply it, and
 // mma.sync reaches only about 60 % of what the tensor cores of an H100 can do. wgmma (sm_90a only) reads both
 // matrices from shared memory itself. One instruction multiplies 64 rows of A by up to 256 rows of B, and a
-// *warpgroup* executes it: four warps, beginning with a multiple of four. It leaves the sums in the registers
-// where mma would leave them, 16 rows in each warp. So loading and the epilogue stay as they are. New are:
-//   - The descriptor. wgmma takes a 64-bit number for each matrix: its address, the distance of two groups of 8
-//     rows, and the swizzle. Ours is the one of its modes that is named after 128 bytes, since BK = 64 numbers
-//     are 128 bytes. 16 numbers further along K are 32 bytes further, which adds 2 to the descriptor, because it
-//     counts in units of 16 bytes. The swizzle depends on bits of the address, so that is all.
-//   - wgmma is asynchronous. wgmma_commit closes a group of them, and wgmma_wait<n> waits until at most n groups
-//     are incomplete. With PENDING = 1 the tensor cores have the next group while the warps come to the
-//     barrier. Then a stage is free one step later: AHEAD counts how many K tiles are loaded ahead.
-//   - Two fences. wgmma_fence separates other uses of the sums from those by wgmma. And wgmma reads shared
-//     memory past the path by which threads write it: fence_proxy_async, executed by the thread whose copies
-//     have arrived, before the barrier, makes them visible there.
-// What limits it now is cp.async: on an H200, a multiprocessor takes 11 cycles for each 512 bytes, in any tile.
+// *warpgroup* executes it: four warps, the first of which is a multiple of four. It leaves the sums in the
+// registers where mma would leave them, 16 rows in each warp. So loading and the epilogue stay. New are:
+//   - The descriptor. wgmma takes a 64-bit number for each matrix: its address, the distance of two groups of
+//     8 rows, and the kind of swizzle. With BK = 64 our swizzle is the one that is called "128 bytes". The
+//     next 16 numbers along K are 32 bytes further, so we add 2 to the address, which counts 16 bytes.
+//   - wgmma is asynchronous. wgmma_commit closes a group, and wgmma_wait<n> waits until at most n groups are
+//     incomplete. With PENDING = 1 the tensor cores already have the next group while the warps wait at the
+//     barrier. A stage is then free one step later, so only AHEAD K tiles are loaded ahead.
+//   - Two fences. wgmma_fence keeps other uses of the sums apart from those by wgmma. And wgmma does not read
+//     shared memory on the path by which threads write it: fence_proxy_async, in the thread whose copies have
+//     arrived and before the barrier, makes them visible to it.
+// What limits it now is cp.async: on an H200 a multiprocessor takes 11 cycles for 512 bytes, in every tile.
 template <typename T, typename Tile, bool SWIGLU>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) wgmma_kernel(const Problem<T> p) {
     constexpr int BM = Tile::BM, BK = Tile::BK, STAGES = Tile::STAGES, WN = Tile::WN, WARPS_M = Tile::WARPS_M;
@@ -415,10 +417,10 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) wgmma_kernel(cons
 
 // ---------------------------------------------------------------- split-K
 
-// With few tokens there are fewer block tiles than multiprocessors: w2 has 32 tiles of 64 columns. Then several
-// blocks share the sum of a tile, each over a part of K, and write their sums in fp32 to partial_sums. This
-// kernel adds them, always in the same order, so the result does not depend on which block is first. A thread
-// computes 8 outputs. The price is 4 · splits bytes of memory for every output, written once and read once.
+// With few tokens there are fewer block tiles than multiprocessors: w2 has 32 tiles of 64 columns. Then
+// several blocks share a tile, each sums over a part of K, and they write their sums in fp32 to partial_sums.
+// This kernel adds them, always in the same order, so the result does not depend on which block is first. The
+// price is 4 · splits bytes of memory for every output, written once and read once.
 template <typename T> __global__ void add_partial_sums_kernel(const Problem<T> p) {
     const int64_t size = int64_t(p.num_tokens) * p.out_features;
     const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
@@ -426,8 +428,9 @@ template <typename T> __global__ void add_partial_sums_kernel(const Problem<T> p
     const int permuted_index = int(first / p.out_features), column = int(first % p.out_features);
     float sum[8] = {};
     for (int split = 0; split < p.splits; split++) {
-        const auto* const part = reinterpret_cast<const Vector<float>*>(p.partial_sums + split * size + first);
-        const Vector<float> low = part[0], high = part[1];
+        const float* const part = p.partial_sums + split * size + first;
+        const auto low = *reinterpret_cast<const Vector<float>*>(part);
+        const auto high = *reinterpret_cast<const Vector<float>*>(part + 4);
         for (int i = 0; i < 4; i++) sum[i] += low.v[i], sum[4 + i] += high.v[i];
     }
     store_vector(p, p.scatter ? p.scatter[permuted_index] : permuted_index, column, sum,
@@ -552,27 +555,20 @@ template <bool SWIGLU> using Hopper64x64 = BlockTile<64, 64, 64, 4, 1, 6, 2, 1>;
 template <bool SWIGLU> using Hopper64x128 = BlockTile<64, 128, 64, 4, 1, 4, 2, 0>;
 template <bool SWIGLU> using Hopper128x192 = BlockTile<128, 192, 64, 8, 1, 5, 1, 1>;
 template <bool SWIGLU> using Hopper128x256 = BlockTile<128, 256, 64, 8, 1, 4, 1, 1>;
-// AUTO chooses among the first three by a rule. moe_kernel.py knows better what is the fastest, since it has
-// measured all of them. NAIVE runs linear_naive_kernel.
-enum TileConfig { AUTO, SMALL, MEDIUM, LARGE, NAIVE, HOPPER_64x64, HOPPER_64x128, HOPPER_128x192, HOPPER_128x256 };
+// AUTO is a guess for when nothing has been measured. NAIVE runs linear_naive_kernel.
+enum TileConfig {
+    AUTO, SMALL, MEDIUM, LARGE, NAIVE, HOPPER_64x64, HOPPER_64x128, HOPPER_128x192, HOPPER_128x256
+};
 
 template <bool SWIGLU, typename T>
 static int launch_gemm(const Problem<T>& p, int tile_config, cudaStream_t stream) {
-    int device = 0, multiprocessors = 0, capability = 0;
+    int device = 0, capability = 0;
     cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
     if (error != cudaSuccess) return error;
     if (tile_config >= HOPPER_64x64 && capability != 9) return cudaErrorInvalidValue;
-    if (tile_config == AUTO) {  // the largest block tile of which every multiprocessor gets at least one
-        auto fills_device = [&](int BM, int BN) {
-            return int64_t(div_up(p.num_tokens, BM)) * div_up(p.out_features, SWIGLU ? BN / 2 : BN) >=
-                   multiprocessors;
-        };
-        tile_config = fills_device(128, 128) ? LARGE : fills_device(64, 128) ? MEDIUM : SMALL;
-    }
+    if (tile_config == AUTO) tile_config = p.num_tokens <= 64 ? SMALL : p.num_tokens <= 1024 ? MEDIUM : LARGE;
 #define LAUNCH_TILE(CONFIG, KERNEL, TILE) \
     case CONFIG: return launch_block_tile<TILE<SWIGLU>, SWIGLU>(p, KERNEL<T, TILE<SWIGLU>, SWIGLU>, stream);
     switch (tile_config) {
@@ -638,7 +634,7 @@ extern "C" int moe_route(const uint8_t* expert, int64_t* permutation, int64_t* c
     return cudaGetLastError();
 }
 // gather and scatter are the permutation. Null means that x, or y and residual, is already in permuted order.
-// partial_sums is room for splits x num_tokens x out_features numbers. It may be null if splits is 1, and in fp32.
+// partial_sums is room for splits x num_tokens x out_features numbers, or null if splits is 1.
 extern "C" int moe_linear(const void* x, const void* w_text, const void* w_visual, const void* residual,
                           void* y, const int64_t* gather, const int64_t* scatter, const int64_t* counts,
                           int num_tokens, int in_features, int out_features, int dtype, int tile_config,

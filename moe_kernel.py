@@ -2,7 +2,8 @@
 
 The model calls three functions of this file: `route` sorts the tokens by expert, `linear` and `swiglu` are
 the two routed products. They check, cast and reshape what they get. Below them are the operators, which
-PyTorch knows as torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu, their gradients, and the build.
+PyTorch knows as torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu, their gradients, the build, and
+what finds out on a device which tiles are right and which is the fastest. `python moe_kernel.py` shows it.
 
 Shapes: N tokens laid end to end, K -> M widths of a product. `permutation` (N,) int64 lists the token indices
 sorted by expert: text, then visual, then pads, each in reading order. `counts` (2,) int64 holds the numbers
@@ -12,7 +13,9 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -34,7 +37,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}           # the
 TILES = {"small": 1, "medium": 2, "large": 3, "naive": 4,                  # the kernel's TileConfig
          "hopper64x64": 5, "hopper64x128": 6, "hopper128x192": 7, "hopper128x256": 8}
 SPLIT = 100                                        # s · SPLIT + a tile config: the sum is split in s parts
-SIZES = 64, 128, 256, 320, 512, 576, 1024, 1088, 1856, 2048, 3392, 4096    # tokens: powers of 2, 1 to 13 tiles
+SIZES = 64, 128, 256, 320, 512, 576, 1024, 1088, 1856, 2048, 3392, 4096    # tokens; of 1, 2, 4, 7, 13 tiles
+
+CHECKED_SIZES = (0, 8, 8), (1, 8, 8), (65, 200, 72), (270, 520, 264)       # tokens, K, M: tails everywhere
 
 
 # ---------------------------------------------------------------- the build
@@ -46,8 +51,9 @@ def _locked(path: Path):
         import fcntl
     except ImportError:
         raise RuntimeError("it needs Python's module fcntl, which Windows lacks; WSL has it") from None
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):         # in a read-only folder nobody can write what others read
+            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX)
         yield
 
 
@@ -96,9 +102,9 @@ def library(device: torch.device) -> ctypes.CDLL | None:
         path = build(device)
         loaded = ctypes.CDLL(path)
         loaded.folder = Path(path).parent
-    except (ImportError, OSError, RuntimeError) as e:  # no fcntl, no compiler, a folder that is read-only, ...
+    except (ImportError, OSError, RuntimeError) as e:      # no fcntl, no compiler, a folder that is read-only
         lines = str(e).splitlines() or [""]
-        why = next((line for line in lines[1:] if re.search("error:|fatal|cannot find|not found", line)), lines[0])
+        why = next((line for line in lines[1:] if re.search("error:|fatal|(cannot|not) f", line)), lines[0])
         warnings.warn(f"no cuda back end on {device}: moe_kernel.cu could not be built ({why})", stacklevel=3)
         return None
     if device.type == "cpu":
@@ -157,7 +163,8 @@ def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, co
     """x (N, K), weights (M, K) -> (N, M). x is in reading order if gather, else in permuted order; the result
     is in reading order if scatter. tile_config: 0 lets moe_kernel.cu choose, else a value of its enum."""
     y, permutation = x.new_empty(len(x), len(w_text)), _aligned(permutation)
-    tile_config = tile_config or best_tile(x.device, x.dtype, "linear", x.shape[1], len(w_text), len(x))
+    tile_config = tile_config or best_tile(x.device, x.dtype, "linear", x.shape[1], len(w_text),
+                                         tokens=len(x))
     launch_linear(y, *map(_aligned, (x, w_text, w_visual, residual)), permutation if gather else None,
                   permutation if scatter else None, _aligned(counts), tile_config)
     return y
@@ -168,7 +175,8 @@ def _swiglu(x: Tensor, w1_text: Tensor, w3_text: Tensor, w1_visual: Tensor, w3_v
             permutation: Tensor, counts: Tensor, tile_config: int) -> Tensor:
     """x (N, K) in reading order, weights (M, K) -> h = silu(x w1ᵀ) · (x w3ᵀ), (N, M), in permuted order."""
     h = x.new_empty(len(x), len(w1_text))
-    tile_config = tile_config or best_tile(x.device, x.dtype, "swiglu", x.shape[1], len(w1_text), len(x))
+    tile_config = tile_config or best_tile(x.device, x.dtype, "swiglu", x.shape[1], len(w1_text),
+                                         tokens=len(x))
     launch("moe_swiglu", x.device, *map(_aligned, (x, w1_text, w3_text, w1_visual, w3_visual)), h,
            _aligned(permutation), _aligned(counts), *x.shape, len(w1_text), DTYPES[x.dtype], tile_config)
     return h
@@ -188,48 +196,43 @@ _swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 def tile_configs(device: torch.device, dtype: torch.dtype, product: str) -> list[int]:
     """What may be the fastest for a product on this device. In float32 all tiles are the same."""
     hopper = device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)    # or its model
-    names = ["small"] if dtype == torch.float32 else ["small", "medium", "large"]
-    if dtype != torch.float32 and hopper:
-        names += ["hopper64x64", "hopper64x128", "hopper128x192", "hopper128x256"]
-    split = {"small", "medium", "hopper64x64", "hopper128x192"} if dtype != torch.float32 else {}
-    return [s * SPLIT * (s > 1) + TILES[name] for name in names
-            for s in ((1, 2, 4, 8) if product == "linear" and name in split else (1,))]
+    tiles = [t for name, t in TILES.items() if name != "naive" and (hopper or "hopper" not in name)]
+    if dtype == torch.float32:
+        return tiles[:1]
+    split = ("small", "medium", "hopper64x64", "hopper128x192") if product == "linear" else ()
+    return tiles + [s * SPLIT + t for t in tiles for s in (2, 4, 8) if t in [TILES[name] for name in split]]
 
 
-def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int) -> str | None:
-    """What is wrong with a tile config, or None. Compares with linear_naive_kernel in float32 on the same
-    numbers: inputs with tails in every direction, outputs full of NaN before, NaN in all that belongs to one
-    expert."""
-    for n, k, m in (0, 8, 8), (1, 8, 8), (65, 200, 72), (270, 520, 264):
-        generator = torch.Generator().manual_seed(n)
-        x, *w = (torch.randn(size, k, generator=generator).to(device, dtype) for size in (n, m, m, m, m))
-        w = [weight / k ** 0.5 for weight in w]
-        expert = (torch.arange(n) * 7 // 3 % 4).clamp(max=2).to(device, torch.uint8)
-        permutation, counts = _route(expert)
+def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: int, k: int, m: int) -> str:
+    """What is wrong with a tile config for these sizes, or "". Compares with linear_naive_kernel in float32
+    on the same numbers, first all outputs, then those of visual tokens while everything else is NaN."""
+    generator = torch.Generator().manual_seed(n)
+    x, *w = (torch.randn(size, k, generator=generator).to(device, dtype) for size in (n, m, m, m, m))
+    w = [weight / k ** 0.5 for weight in w]                                # w1 and w3 of text, then of visual
+    expert = (torch.arange(n) * 7 // 3 % 4).clamp(max=2).to(device, torch.uint8)
+    permutation, counts = _route(expert)
 
-        def naive(a, b, order):
-            y = torch.empty(n, m, device=device)
-            launch_linear(y, x.float(), a.float(), b.float(), None, permutation, order, counts, TILES["naive"])
-            return y
-        gate, up = naive(w[0], w[1], None), naive(w[2], w[3], None)
-        visual_rows = expert[permutation] == 1
-        for spoil in False, True:
-            if spoil:                                                      # the text tokens and their expert
-                x = x.masked_fill((expert == 0)[:, None], torch.nan)
-                w[0], w[2] = w[0] * torch.nan, w[2] * torch.nan
-            y, h = (torch.full((n, m), torch.nan, device=device, dtype=dtype) for _ in range(2))
-            launch_linear(y, x, w[0], w[1], None, permutation, None, counts, tile_config)
-            results = [("linear", y, gate)]
-            if tile_config < SPLIT:
-                launch("moe_swiglu", device, x, w[0], w[2], w[1], w[3], h, permutation, counts, n, k, m,
-                       DTYPES[dtype], tile_config)
-                results.append(("swiglu", h, torch.nn.functional.silu(gate) * up))
-            for name, result, expected in results:
-                wrong = ~((result - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 1e-4)
-                wrong &= visual_rows[:, None] if spoil else True
-                if wrong.any():
-                    return f"{name} of {n} tokens, {k} to {m}: {int(wrong.sum())} of {n * m} numbers"
-    return None
+    def naive(i, scatter):
+        y = torch.empty(n, m, device=device)
+        weights = w[i].float(), w[i + 2].float()
+        launch_linear(y, x.float(), *weights, None, permutation, scatter, counts, TILES["naive"])
+        return y
+    linear, swiglu = naive(0, permutation), torch.nn.functional.silu(naive(0, None)) * naive(1, None)
+    for is_compared in expert < 3, expert == 1:
+        if not is_compared.all():
+            x = x.masked_fill((expert != 1)[:, None], torch.nan)
+            w[:2] = [torch.full_like(weight, torch.nan) for weight in w[:2]]
+        y, h = (torch.full((n, m), torch.nan, device=device, dtype=dtype) for _ in range(2))
+        launch_linear(y, x, w[0], w[2], None, permutation, permutation, counts, tile_config)
+        results = [("linear", y, linear, is_compared)]
+        if tile_config < SPLIT:                                            # SwiGLU does not split sums
+            launch("moe_swiglu", device, x, *w, h, permutation, counts, n, k, m, DTYPES[dtype], tile_config)
+            results.append(("SwiGLU", h, swiglu, is_compared[permutation]))
+        for product, result, right, rows in results:
+            wrong = ~((result - right).abs() <= torch.finfo(dtype).eps * right.abs() + 1e-4)[rows]
+            if wrong.any():
+                return f"{product} of {n} tokens, {k} to {m}: {int(wrong.sum())} of {wrong.numel()} numbers"
+    return ""
 
 
 def _microseconds(device: torch.device, calls: dict, copies: int) -> dict[str, float]:
@@ -298,62 +301,73 @@ def _measure(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
     return result
 
 
+MEASURED = {}                                      # what this process has measured or read already
+
+
 @torch.compiler.disable
-@functools.cache
 def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int) -> dict:
-    """{number of tokens: {choice: microseconds}} of "linear" or "swiglu", K -> M widths, on this device. Read
+    """{number of tokens: {choice: microseconds}} of "linear" or "swiglu", K -> M widths, on this device: read
     from the file beside the library, or measured now and written there."""
-    file = library(device).folder / "measured.json"
+    if (asked := (device, dtype, product, k, m)) in MEASURED:
+        return MEASURED[asked]
+    file, key = library(device).folder / "measured.json", f"{product} {k} to {m} {dtype}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     made_with = {"device": name, "driver": library(device).moe_driver_version(), "torch": torch.__version__}
-    key, dtype_name = f"{product} {k} to {m} {dtype}", str(dtype)
     with _locked(file.with_suffix(".lock")):
         try:
             table = json.loads(file.read_text())
             if {field: table[field] for field in made_with} != made_with:
                 raise ValueError("another device, driver or torch")
-            faults, times = table["faults"].get(dtype_name), table["microseconds"].get(key)
+            faults, times = table["faults"].get(str(dtype)), table["microseconds"].get(key)
             times = times and {int(n): {c: float(t) for c, t in row.items()} for n, row in times.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):    # none yet, old or damaged
             table, faults, times = made_with | {"faults": {}, "microseconds": {}}, None, None
         if faults is None:
-            faults = {str(t): why for t in tile_configs(device, dtype, "linear")
-                      if (why := _find_fault(device, dtype, t))}
-            for tile_config, why in faults.items():
-                warnings.warn(f"tile config {tile_config} of moe_kernel.cu is wrong on {name} ({why}) and will "
-                              f"not be used; please report this line together with {file}", stacklevel=3)
+            faults = {}
+            for tile, sizes in itertools.product(tile_configs(device, dtype, "linear"), CHECKED_SIZES):
+                if str(tile) not in faults and (why := _find_fault(device, dtype, tile, *sizes)):
+                    faults[str(tile)] = why
+                    warnings.warn(f"tile config {tile} of moe_kernel.cu is wrong on {name} ({why}) and will "
+                                  f"not be used; please report this line together with {file}", stacklevel=3)
         if times is None:
             usable = [t for t in tile_configs(device, dtype, product) if str(t) not in faults]
             times = _measure(device, dtype, product, k, m, usable)
-        table["faults"][dtype_name], table["microseconds"][key] = faults, times
-        with contextlib.suppress(OSError):                                 # a read-only folder: measured again
+        table["faults"][str(dtype)], table["microseconds"][key] = faults, times
+        with contextlib.suppress(OSError):                                 # from a read-only folder
             file.with_suffix(".new").write_text(json.dumps(table, indent=1))
             file.with_suffix(".new").rename(file)
+    MEASURED[asked] = times
     return times
 
 
-def _row(times: dict, tokens: int) -> dict:
-    """What was measured with the number of tokens that is nearest to this one, as a ratio."""
-    return times[min(times, key=lambda n: max(n, tokens) / max(1, min(n, tokens)))]
-
-
 @functools.lru_cache(4096)
-def best_tile(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int, tokens: int) -> int:
-    """The tile config that was the fastest of those that are right, or 0, which leaves the choice to
-    moe_kernel.cu: on a CPU, and while a CUDA graph is captured, when nothing can be measured."""
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+def _fastest(product: tuple, tokens: int) -> tuple[int | None, float, float]:
+    """The fastest tile config for arguments of `measured`, or None; its microseconds, and those of torch,
+    with the number of tokens that is nearest to this one, as a ratio."""
+    times = measured(*product)
+    row = times[min(times, key=lambda n: max(n, tokens) / max(1, min(n, tokens)))]
+    tile = min(row.keys() - {"torch"}, key=row.get, default=None)
+    return tile and int(tile), row.get(tile, math.inf), row["torch"]
+
+
+def best_tile(*product, tokens: int) -> int:
+    """The fastest tile config for arguments of `measured`, or 0, which leaves the choice to moe_kernel.cu: on
+    a CPU, and if nothing has been measured before a CUDA graph is captured."""
+    if product[0].type == "cpu" or product not in MEASURED and torch.cuda.is_current_stream_capturing():
         return 0
-    row = {c: t for c, t in _row(measured(device, dtype, product, k, m), tokens).items() if c != "torch"}
-    return int(min(row, key=row.get))
+    tile = _fastest(product, tokens)[0]
+    if tile is None:
+        raise RuntimeError(f"no tile of moe_kernel.cu is right on {product[0]}; choose the torch back end")
+    return tile
 
 
 def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, products) -> str:
     """"cuda" or "torch", whichever needs less time for the products (name, K, M) of a layer together."""
     if device.type != "cuda" or dtype not in DTYPES or library(device) is None:
         return "torch"
-    rows = [_row(measured(device, dtype, *product), tokens) for product in products]
-    cuda = sum(min(t for choice, t in row.items() if choice != "torch") for row in rows)
-    return "cuda" if cuda < sum(row["torch"] for row in rows) else "torch"
+    _, kernel, by_torch = zip(*(_fastest((device, dtype, *product), tokens) for product in products),
+                              strict=True)
+    return "cuda" if sum(kernel) < sum(by_torch) else "torch"
 
 
 # ---------------------------------------------------------------- their gradients
@@ -393,7 +407,7 @@ def _swiglu_setup(ctx, inputs, output):
 def _swiglu_backward(ctx, dh):
     x, w1_text, w3_text, w1_visual, w3_visual, permutation, counts = ctx.saved_tensors
     routed, need = (permutation, counts), ctx.needs_input_grad
-    # gate and up are computed a second time: to keep them would take twice the memory of h.
+    # gate and up are computed a second time, since the operator returns neither.
     gate = _linear(x, w1_text, w1_visual, *routed, None, True, False, ctx.tile_config).float()
     up = _linear(x, w3_text, w3_visual, *routed, None, True, False, ctx.tile_config).float()
     s = gate.sigmoid()
@@ -465,7 +479,13 @@ def swiglu(x: Tensor, text: Sequence[Tensor], visual: Sequence[Tensor], permutat
     flat, *first, w2_text, w2_visual = _cast_for_autocast(
         x.reshape(-1, x.shape[-1]), *text[:2], *visual[:2], text[2], visual[2])
     _check(flat, first, permutation, counts)
-    h = _swiglu(flat, *first, permutation, counts, 0)                      # stays in permuted order
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *first)):
+        # The backward pass needs gate and up. _swiglu would compute them a second time then.
+        gate, up = (_linear(flat, *weights, permutation, counts, None, True, False, 0)
+                    for weights in (first[::2], first[1::2]))
+        h = torch.nn.functional.silu(gate) * up
+    else:
+        h = _swiglu(flat, *first, permutation, counts, 0)                  # stays in permuted order
     _check(h, (w2_text, w2_visual), permutation, counts)
     return _linear(h, w2_text, w2_visual, permutation, counts, None, False, True, 0).view(x.shape)
 
