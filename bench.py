@@ -103,7 +103,10 @@ def repeated(run, times: int, device: str):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loop()
-    return graph.replay
+
+    def replay(owner=loop):                        # the graph reads tensors that belong to `run`
+        graph.replay()
+    return replay
 
 
 def interleaved(cases: dict, rounds: int, flags: Timing, per: int = 1) -> dict[tuple, dict]:
