@@ -489,6 +489,7 @@ was idle. Beside a busy core they had been 0.96 to 1.02, and 1.68 and 1.75 × `d
 @dataclass
 class TrainFlags(Timing):
     tiny_rounds: int = flag(60, "how often the tiny model is timed")
+    compile: str = flag("off", "torch.compile the layers", choices=["on", "off"])
     layers: int = flag(12 if GPU else 1, "of full width")
     tiles: int = flag(4 if GPU else 1, "of a picture")
     batch: int = flag(4 if GPU else 1, "pictures of a full-width step")
@@ -498,7 +499,7 @@ def step_times(name: str, stage, config: MonoInternVLConfig, batch: dict,
                args: TrainFlags) -> Iterator[dict]:
     """Times the optimizer steps of one model in one stage, as train_evip.py makes them, on each back end."""
     dtype = "bfloat16" if args.device == "cuda" else "float32"
-    flags = train_evip.Flags(device=args.device, dtype=dtype, recompute="off")
+    flags = train_evip.Flags(device=args.device, dtype=dtype, recompute="off", compile=args.compile)
     torch.manual_seed(0)
     model = MonoInternVL(config)
     train_evip.select_trainable(model, stage)

@@ -4107,7 +4107,7 @@ def test_a_stage_trains_what_the_paper_says_and_learning_to_see_leaves_text_bitw
 
 @pytest.mark.parametrize("name, changes", [
     ("S2", {}), ("S2", {"pack": True, "max_tokens": 180}), ("S1.2", {"seed": 3}), ("S0", {"grad_clip": 1e9}),
-    pytest.param("S2", {"compile": True}, marks=slow)])
+    pytest.param("S2", {"compile": "on"}, marks=slow)])
 def test_training_equals_a_loop_written_out_sample_by_sample(name, changes, world_tok, tmp_path, monkeypatch):
     """The mean loss over the tokens of a step, clipping, warmup and cosine, AdamW; and what is logged."""
     compile_ = torch.nn.Module.compile             # dynamo alone: the C++ compiler takes minutes
