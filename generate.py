@@ -255,18 +255,17 @@ def replay_prompt(model, ids: Tensor, pixels: Tensor | None, kv_cache: KVCache) 
     """read_prompt as a CUDA graph: a GPU reads a short prompt faster than the host launches the kernels one
     by one. None if that cannot be, or if it is the cache's first prompt of this size, because a capture
     takes longer than a prompt."""
+    if not model.cuda_graphs or kv_cache.pool is None or ids.shape[1] > LONGEST_CAPTURED:
+        return None
     (B, T), step = ids.shape, min(64, kv_cache.block_size)
     L = -(-T // step) * step                       # few lengths, so few graphs
-    sizes = B, L, None if pixels is None else pixels.shape
-    if not model.cuda_graphs or kv_cache.pool is None or T > LONGEST_CAPTURED:
-        return None
-    if pixels is not None and getattr(model.route(ids, None, True), "backend", "cuda") != "cuda":
+    padded = F.pad(ids, (0, L - T), value=int(model.config.img_context_token_id == 0))     # any text token
+    if pixels is not None and getattr(model.route(padded, None, True), "backend", "cuda") != "cuda":
         return None                                # other back ends ask the device how many tokens are visual
+    sizes, length = (B, L, None if pixels is None else pixels.shape), torch.full((1,), T, device=ids.device)
     if (read_prompt, *sizes) not in kv_cache.graphs:
         kv_cache.graphs[read_prompt, *sizes] = None
         return None
-    no_picture = int(model.config.img_context_token_id == 0)
-    padded, length = F.pad(ids, (0, L - T), value=no_picture), torch.full((1,), T, device=ids.device)
     logits = replay(read_prompt, (model, padded, pixels, length, kv_cache), sizes, kv_cache)
     kv_cache.extend(B, T, None)
     kv_cache.length, kv_cache.visible = T, L
