@@ -2627,7 +2627,7 @@ PLANTED_BUGS = {                                   # name: what stands in moe_ke
     "wgmma: a wait for copies one group too short": ("cp_async_wait<AHEAD - 1>()", "cp_async_wait<AHEAD>()"),
     "wgmma: a copy while products still read": ("AHEAD = STAGES - 1 - Tile::PENDING;", "AHEAD = STAGES - 1;"),
     "wgmma: a step along K too short": ("a + stage + 2 * k", "a + stage + k"),
-    "wgmma: the rows of another warpgroup": ("% (WARPS_M / 4) * 64;", "% (WARPS_M / 4) * 0;")}
+    "wgmma: the rows of another warpgroup": ("threadIdx.x / 128 * 64;", "threadIdx.x / 128 * 0;")}
 
 
 @pytest.mark.slow
