@@ -2394,7 +2394,7 @@ def test_two_processes_build_once_and_a_killed_build_stops_nobody(tmp_path, monk
 def test_nvcc_compiles_it_without_warnings_spills_or_products_one_after_another(tmp_path, sm):
     """C7500 to C7599 are ptxas' remarks about wgmma that it cannot run asynchronously."""
     report = subprocess.run(["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}",
-                             "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "moe.cubin",
+                             "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "moe",
                              HERE / "moe_kernel.cu"], text=True, capture_output=True)
     assert report.returncode == 0 and not re.search("warning|C75", report.stderr), report.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
