@@ -45,7 +45,7 @@
 //     wgmma, 128 x 256 and 64 x 64                               381     34    wgmma_kernel
 //     the same, the sum split in 8 parts                                 17    add_partial_sums_kernel
 //     cuBLAS, without gather, scatter and silu                   325     15
-// No tile is the best for all products and numbers of tokens, so moe_kernel.py measures them on the device.
+// No tile is the best for all products and numbers of tokens. So moe_kernel.py measures them on the device.
 #include "cuda_on_cpu.h"
 
 enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };  // the numbers that Python passes
@@ -197,9 +197,6 @@ struct BlockTile {
 // 8h + 2q + i holds the weights of column 8q + 2h + i. So the four pairs of a lane are the 8 adjacent columns
 // 8q to 8q + 7, and one 16-byte access stores them. In SwiGLU, the first half of a warp's rows is from w1 and
 // the second half from w3, so that the gate and the up value of an output are in the same lane.
-template <typename Tile, bool SWIGLU> __device__ inline bool is_row_of_w3(int tile_row) {
-    return SWIGLU && tile_row % Tile::WN >= Tile::WN / 2;
-}
 template <typename Tile, bool SWIGLU> __device__ inline int column_of_weight_row(int tile_row) {
     constexpr int COLUMNS = SWIGLU ? Tile::WN / 2 : Tile::WN;  // of a warp
     const int row = tile_row % COLUMNS, h = row / 8 % 4, q = row % 8 / 2, i = row % 2;
@@ -240,7 +237,7 @@ template <typename T, typename Tile, bool SWIGLU> struct TileLoader {
         for (int i = 0; i < BN / ROWS_PER_PASS; i++) {
             const int tile_row = row + i * ROWS_PER_PASS;
             const int column = first_column + column_of_weight_row<Tile, SWIGLU>(tile_row);
-            const T* const w = is_row_of_w3<Tile, SWIGLU>(tile_row) ? w3 : w1;
+            const T* const w = SWIGLU && tile_row % Tile::WN >= Tile::WN / 2 ? w3 : w1;
             w_sources[i] = column < p.out_features ? w + int64_t(column) * p.in_features : nullptr;
         }
         x = p.x;
@@ -373,20 +370,18 @@ __global__ void __launch_bounds__(Tile::THREADS) gemm_kernel(const Problem<T> p)
 // What limits it now is cp.async: on an H200 a multiprocessor takes 11 cycles for 512 bytes, in every tile.
 template <typename T, typename Tile, bool SWIGLU>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) wgmma_kernel(const Problem<T> p) {
-    constexpr int BM = Tile::BM, BK = Tile::BK, STAGES = Tile::STAGES, WN = Tile::WN, WARPS_M = Tile::WARPS_M;
+    constexpr int BM = Tile::BM, BN = Tile::BN, BK = Tile::BK, STAGES = Tile::STAGES;
     constexpr int AHEAD = STAGES - 1 - Tile::PENDING;
-    static_assert(BK == 64 && Tile::WM == 16 && WARPS_M % 4 == 0, "a warpgroup computes 64 rows");
+    static_assert(BK == 64 && BM == Tile::THREADS / 128 * 64 && BN == Tile::WN, "64 x BN for a warpgroup");
     const TokenTile tokens = find_token_tile(token_tile_of_block(p.splits), BM, p.counts, p.num_tokens);
     if (tokens.begin >= tokens.end) return;
-    const int first_column = blockIdx.y * (Tile::BN / (SWIGLU ? 2 : 1));
+    const int first_column = blockIdx.y * (BN / (SWIGLU ? 2 : 1));
     DYNAMIC_SHARED(T, shared);  // STAGES x (BM rows of x, then BN weight rows) x BK
     const TileLoader<T, Tile, SWIGLU> load(p, tokens, first_column, shared);
 
-    float sum[1][WN / 8][4] = {};
-    const int first_row = threadIdx.x / 128 % (WARPS_M / 4) * 64;  // of this warpgroup
-    const int first_weight_row = threadIdx.x / 128 / (WARPS_M / 4) * WN;
-    const uint64_t a = wgmma_descriptor(shared + first_row * BK);
-    const uint64_t b = wgmma_descriptor(shared + (BM + first_weight_row) * BK);
+    float sum[1][BN / 8][4] = {};
+    const int first_row = threadIdx.x / 128 * 64;  // of this warpgroup
+    const uint64_t a = wgmma_descriptor(shared + first_row * BK), b = wgmma_descriptor(shared + BM * BK);
     int k_tile = 0;
     auto wait_for_k_tile = [&] {
         cp_async_wait<AHEAD - 1>();
@@ -411,7 +406,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) wgmma_kernel(cons
         load(k_tile + AHEAD);
     }
     wgmma_wait<0>();
-    for (int j = 0; j < WN / 8; j++) not_before(sum[0][j]);
+    for (int j = 0; j < BN / 8; j++) not_before(sum[0][j]);
     store_tile<Tile, SWIGLU>(p, tokens, first_column, sum);
 }
 
@@ -533,8 +528,8 @@ static int launch_block_tile(const Problem<T>& p, void (*kernel)(Problem<T>), cu
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::SHARED_BYTES);
     if (error != cudaSuccess) return error;
-    const int columns = SWIGLU ? Tile::BN / 2 : Tile::BN;
-    const dim3 grid = tile_grid(p.num_tokens, p.out_features, Tile::BM, columns, p.splits);
+    const dim3 grid =
+        tile_grid(p.num_tokens, p.out_features, Tile::BM, SWIGLU ? Tile::BN / 2 : Tile::BN, p.splits);
     LAUNCH(kernel, grid, Tile::THREADS, Tile::SHARED_BYTES, stream, p);
     if (p.partial_sums) {
         const auto add_kernel = add_partial_sums_kernel<T>;
@@ -544,22 +539,15 @@ static int launch_block_tile(const Problem<T>& p, void (*kernel)(Problem<T>), cu
     return cudaGetLastError();
 }
 
-// Large tiles load the fewest bytes from L2 per multiply-add. With few tokens, most of the time goes into
-// reading the weights. Small tiles then give every multiprocessor a block, and their ring of stages keeps
-// many bytes in flight. The tiles of gemm_kernel fit in 96 KB of shared memory, because a block on sm_89 gets
-// at most 99 KB. Two blocks of the two smaller tiles of wgmma_kernel fit in one multiprocessor.
-template <bool SWIGLU> using SmallTile = BlockTile<64, SWIGLU ? 64 : 32, 64, 4, 1, SWIGLU ? 4 : 8>;
-template <bool SWIGLU> using MediumTile = BlockTile<64, 128, 64, 2, 2, 4>;
-template <bool SWIGLU> using LargeTile = BlockTile<128, 128, 32, 2, 2, 4>;
-template <bool SWIGLU> using Hopper64x64 = BlockTile<64, 64, 64, 4, 1, 6, 2, 1>;
-template <bool SWIGLU> using Hopper64x128 = BlockTile<64, 128, 64, 4, 1, 4, 2, 0>;
-template <bool SWIGLU> using Hopper128x192 = BlockTile<128, 192, 64, 8, 1, 5, 1, 1>;
-template <bool SWIGLU> using Hopper128x256 = BlockTile<128, 256, 64, 8, 1, 4, 1, 1>;
 // AUTO is a guess for when nothing has been measured. NAIVE runs linear_naive_kernel.
 enum TileConfig {
     AUTO, SMALL, MEDIUM, LARGE, NAIVE, HOPPER_64x64, HOPPER_64x128, HOPPER_128x192, HOPPER_128x256
 };
 
+// Large tiles load the fewest bytes from L2 per multiply-add. With few tokens, most of the time goes into
+// reading the weights. Small tiles then give every multiprocessor a block, and their ring of stages keeps
+// many bytes in flight. The tiles of gemm_kernel fit in 96 KB of shared memory, because a block on sm_89 gets
+// at most 99 KB. Of the two smaller tiles of wgmma_kernel, two blocks fit in a multiprocessor.
 template <bool SWIGLU, typename T>
 static int launch_gemm(const Problem<T>& p, int tile_config, cudaStream_t stream) {
     int device = 0, capability = 0;
@@ -569,17 +557,19 @@ static int launch_gemm(const Problem<T>& p, int tile_config, cudaStream_t stream
     if (error != cudaSuccess) return error;
     if (tile_config >= HOPPER_64x64 && capability != 9) return cudaErrorInvalidValue;
     if (tile_config == AUTO) tile_config = p.num_tokens <= 64 ? SMALL : p.num_tokens <= 1024 ? MEDIUM : LARGE;
-#define LAUNCH_TILE(CONFIG, KERNEL, TILE) \
-    case CONFIG: return launch_block_tile<TILE<SWIGLU>, SWIGLU>(p, KERNEL<T, TILE<SWIGLU>, SWIGLU>, stream);
-    switch (tile_config) {
-        LAUNCH_TILE(SMALL, gemm_kernel, SmallTile)
-        LAUNCH_TILE(MEDIUM, gemm_kernel, MediumTile)
-        LAUNCH_TILE(LARGE, gemm_kernel, LargeTile)
-        LAUNCH_TILE(HOPPER_64x64, wgmma_kernel, Hopper64x64)
-        LAUNCH_TILE(HOPPER_64x128, wgmma_kernel, Hopper64x128)
-        LAUNCH_TILE(HOPPER_128x192, wgmma_kernel, Hopper128x192)
-        LAUNCH_TILE(HOPPER_128x256, wgmma_kernel, Hopper128x256)
+#define TILE(CONFIG, KERNEL, ...)                                                                           \
+    case CONFIG: return launch_block_tile<BlockTile<__VA_ARGS__>, SWIGLU>(                                  \
+        p, KERNEL<T, BlockTile<__VA_ARGS__>, SWIGLU>, stream);
+    switch (tile_config) {  // BM, BN, BK, WARPS_M, WARPS_N, STAGES, and for wgmma BLOCKS, PENDING
+        TILE(SMALL, gemm_kernel, 64, SWIGLU ? 64 : 32, 64, 4, 1, SWIGLU ? 4 : 8)  //  95 registers on an H100
+        TILE(MEDIUM, gemm_kernel, 64, 128, 64, 2, 2, 4)                           // 128
+        TILE(LARGE, gemm_kernel, 128, 128, 32, 2, 2, 4)                           // 221
+        TILE(HOPPER_64x64, wgmma_kernel, 64, 64, 64, 4, 1, 6, 2, 1)               //  74
+        TILE(HOPPER_64x128, wgmma_kernel, 64, 128, 64, 4, 1, 4, 2, 0)             // 116
+        TILE(HOPPER_128x192, wgmma_kernel, 128, 192, 64, 8, 1, 5, 1, 1)           // 146
+        TILE(HOPPER_128x256, wgmma_kernel, 128, 256, 64, 8, 1, 4, 1, 1)           // 190
     }
+#undef TILE
     return cudaErrorInvalidValue;
 }
 

@@ -32,13 +32,10 @@ from common import InputError
 
 SOURCE = Path(__file__).resolve().with_name("moe_kernel.cu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}           # the values of the kernel's Dtype
-
-
 TILES = {"small": 1, "medium": 2, "large": 3, "naive": 4,                  # the kernel's TileConfig
          "hopper64x64": 5, "hopper64x128": 6, "hopper128x192": 7, "hopper128x256": 8}
 SPLIT = 100                                        # s · SPLIT + a tile config: the sum is split in s parts
 SIZES = 64, 128, 256, 320, 512, 576, 1024, 1088, 1856, 2048, 3392, 4096    # tokens; of 1, 2, 4, 7, 13 tiles
-
 CHECKED_SIZES = (0, 8, 8), (1, 8, 8), (65, 200, 72), (270, 520, 264)       # tokens, K, M: tails everywhere
 
 
@@ -361,10 +358,13 @@ def best_tile(*product, tokens: int) -> int:
     return tile
 
 
+@torch.compiler.disable
 def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, products) -> str:
     """"cuda" or "torch", whichever needs less time for the products (name, K, M) of a layer together."""
     if device.type != "cuda" or dtype not in DTYPES or library(device) is None:
         return "torch"
+    if torch.cuda.is_current_stream_capturing():
+        return "cuda"                              # torch would have to ask the host for the counts
     _, kernel, by_torch = zip(*(_fastest((device, dtype, *product), tokens) for product in products),
                               strict=True)
     return "cuda" if sum(kernel) < sum(by_torch) else "torch"

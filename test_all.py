@@ -3163,7 +3163,7 @@ def test_two_processes_build_once_and_a_killed_build_stops_nobody(tmp_path, monk
 def test_nvcc_compiles_it_without_warnings_spills_or_products_one_after_another(tmp_path, sm):
     """C7500 to C7599 are ptxas' remarks about wgmma that it cannot run asynchronously."""
     report = subprocess.run(["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}",
-                             "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "moe.cubin",
+                             "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "moe",
                              HERE / "moe_kernel.cu"], text=True, capture_output=True)
     assert report.returncode == 0 and not re.search("warning|C75", report.stderr), report.stderr
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
@@ -3396,7 +3396,7 @@ PLANTED_BUGS = {                                   # name: what stands in moe_ke
     "wgmma: a wait for copies one group too short": ("cp_async_wait<AHEAD - 1>()", "cp_async_wait<AHEAD>()"),
     "wgmma: a copy while products still read": ("AHEAD = STAGES - 1 - Tile::PENDING;", "AHEAD = STAGES - 1;"),
     "wgmma: a step along K too short": ("a + stage + 2 * k", "a + stage + k"),
-    "wgmma: the rows of another warpgroup": ("% (WARPS_M / 4) * 64;", "% (WARPS_M / 4) * 0;")}
+    "wgmma: the rows of another warpgroup": ("threadIdx.x / 128 * 64;", "threadIdx.x / 128 * 0;")}
 
 
 @pytest.mark.slow
@@ -3406,7 +3406,7 @@ def test_every_planted_bug_is_found(tmp_path):
     for name, (original, bug) in PLANTED_BUGS.items():
         assert not original or text.count(original) == 1, original
         (tmp_path / f"{name}.cu").write_text(text.replace(original, bug))
-        flags = ["-O1"] if original else ["-O1", "-DCUDA_ON_CPU_UCONTEXT"]
+        flags = ["-O0"] if original else ["-O1", "-DCUDA_ON_CPU_UCONTEXT"]     # -O0 compiles faster
         compilers.append(compile_with_gcc(tmp_path / f"{name}.cu", tmp_path / f"{name}.so", *flags))
     for name, compiler in zip(PLANTED_BUGS, compilers, strict=True):
         assert not (output := compiler.communicate()[0]), output
