@@ -2469,8 +2469,9 @@ def test_what_was_measured_is_kept_until_device_or_software_change_or_its_file_i
         own_table.write_bytes(other)
         times = measured_again(*asked)
         assert launches and times.keys() == {64}
-    measured_again(*asked[:3], 72, 64)             # another product joins, and does not replace the first
-    assert len(json.loads(own_table.read_text())["microseconds"]) == 2
+    for product in "swiglu", "w2":                 # they join, and do not replace the first
+        measured_again(CPU, torch.float32, product, 72, 64)
+    assert len(json.loads(own_table.read_text())["microseconds"]) == 3
     monkeypatch.setattr(moe_kernel.library(CPU), "folder", Path("/proc/no such folder"))
     assert measured_again(*asked).keys() == {64}, "where nothing can be kept, it is measured again"
 
