@@ -160,8 +160,8 @@ def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, co
     """x (N, K), weights (M, K) -> (N, M). x is in reading order if gather, else in permuted order; the result
     is in reading order if scatter. tile_config: 0 lets moe_kernel.cu choose, else a value of its enum."""
     y, permutation = x.new_empty(len(x), len(w_text)), _aligned(permutation)
-    tile_config = tile_config or best_tile(x.device, x.dtype, "linear", x.shape[1], len(w_text),
-                                         tokens=len(x))
+    tile_config = tile_config or best_tile(x.device, x.dtype, "linear" if gather else "w2", x.shape[1],
+                                         len(w_text), tokens=len(x))
     launch_linear(y, *map(_aligned, (x, w_text, w_visual, residual)), permutation if gather else None,
                   permutation if scatter else None, _aligned(counts), tile_config)
     return y
@@ -196,8 +196,8 @@ def tile_configs(device: torch.device, dtype: torch.dtype, product: str) -> list
     tiles = [t for name, t in TILES.items() if name != "naive" and (hopper or "hopper" not in name)]
     if dtype == torch.float32:
         return tiles[:1]
-    split = ("small", "medium", "hopper64x64", "hopper128x192") if product == "linear" else ()
-    return tiles + [s * SPLIT + t for t in tiles for s in (2, 4, 8) if t in [TILES[name] for name in split]]
+    split = ("hopper64x64", "hopper128x192") if hopper else ("small", "medium")
+    return tiles + [s * SPLIT + TILES[name] for name in split for s in (2, 4, 8) if product != "swiglu"]
 
 
 def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: int, k: int, m: int) -> str:
@@ -265,8 +265,8 @@ def _microseconds(device: torch.device, calls: dict, copies: int) -> dict[str, f
 
 
 def _measure(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int, tiles: list) -> dict:
-    """{number of tokens: {choice: microseconds}}. A choice is a tile config or "torch": gather, cuBLAS,
-    scatter. 32 text tokens before and after the visual ones, as around an image."""
+    """{number of tokens: {choice: microseconds}}. A choice is a tile config or "torch", which is cuBLAS with
+    as much gather, silu and scatter as the product needs in a layer. 64 of the tokens are text."""
     matrices = 4 if product == "swiglu" else 2
     copies = 1 if device.type == "cpu" else 1 + (256 << 20) // (matrices * k * m * dtype.itemsize)    # 256 MB
     weights = [[torch.randn(m, k, device=device, dtype=dtype) / k ** 0.5 for _ in range(matrices)]
@@ -275,26 +275,26 @@ def _measure(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
     for n in SIZES if device.type == "cuda" else SIZES[:1]:
         x = torch.randn(n, k, device=device, dtype=dtype)
         expert = torch.zeros(n, device=device, dtype=torch.uint8)
-        expert[32:-32] = 1
+        expert[32:-32] = 1                                                 # as an image stands in a prompt
         permutation, counts = _route(expert)
 
-        def kernel(i, tile_config, x=x, permutation=permutation, counts=counts):
+        def by_kernel(i, tile_config, x=x, permutation=permutation, counts=counts):
             if product == "swiglu":
                 _swiglu(x, *weights[i], permutation, counts, tile_config)
             else:
-                _linear(x, *weights[i], permutation, counts, None, True, True, tile_config)
+                _linear(x, *weights[i], permutation, counts, None, product == "linear", True, tile_config)
 
-        def gather_and_scatter(i, x=x, text=permutation[:64], visual=permutation[64:]):
+        def by_torch(i, x=x, permutation=permutation):
             y, half = x.new_empty(len(x), m), matrices // 2
-            for rows, w in (text, weights[i][:half]), (visual, weights[i][half:]):
-                gathered = x[rows]
-                part = gathered @ w[0].T
+            for part, w in (slice(64), weights[i][:half]), (slice(64, None), weights[i][half:]):
+                rows = permutation[part]
+                gathered = x[part] if product == "w2" else x[rows]         # x of w2 is in permuted order
                 if product == "swiglu":
-                    part = torch.nn.functional.silu(part) * (gathered @ w[1].T)
-                y.index_copy_(0, rows, part)
-        calls = {str(t): functools.partial(kernel, tile_config=t) for t in tiles}
-        calls["torch"] = gather_and_scatter
-        result[n] = _microseconds(device, calls, copies)
+                    torch.nn.functional.silu(gathered @ w[0].T) * (gathered @ w[1].T)
+                else:
+                    y.index_copy_(0, rows, gathered @ w[0].T)
+        calls = {str(t): functools.partial(by_kernel, tile_config=t) for t in tiles}
+        result[n] = _microseconds(device, calls | {"torch": by_torch}, copies)
     return result
 
 
@@ -303,8 +303,8 @@ MEASURED = {}                                      # what this process has measu
 
 @torch.compiler.disable
 def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int) -> dict:
-    """{number of tokens: {choice: microseconds}} of "linear" or "swiglu", K -> M widths, on this device: read
-    from the file beside the library, or measured now and written there."""
+    """{number of tokens: {choice: microseconds}} of "linear" (wqkv, wo), "swiglu" (w1 and w3) or "w2", K -> M
+    widths, on this device: read from the file beside the library, or measured now and written there."""
     if (asked := (device, dtype, product, k, m)) in MEASURED:
         return MEASURED[asked]
     file, key = library(device).folder / "measured.json", f"{product} {k} to {m} {dtype}"
@@ -495,7 +495,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, (d, f) = torch.bfloat16, (2048, 8192) if device.type == "cuda" else (64, 128)
     products = {"wqkv": ("linear", d, 2 * d), "wo": ("linear", d, d), "w1|w3": ("swiglu", d, f),
-                "w2": ("linear", f, d)}
+                "w2": ("w2", f, d)}
     print("tokens  product  fastest, microseconds; torch, microseconds")
     tables = {name: measured(device, dtype, *product) for name, product in products.items()}
     for n in tables["w2"]:

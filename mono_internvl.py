@@ -562,7 +562,7 @@ class MonoInternVL(nn.Module):
         if back_end == "auto" and visual.is_cuda and not torch.is_grad_enabled():
             c, wqkv = self.config, self.language_model.model["layers"][0].attention.wqkv
             d, f = c.hidden_size, c.intermediate_size
-            products = [("swiglu", d, f), ("linear", f, d)]                # of a layer: name, K, M
+            products = [("swiglu", d, f), ("w2", f, d)]                    # of a layer: name, K, M
             if "qkv" in c.attn_experts:
                 products.append(("linear", d, wqkv.out_features))
             if "qkvo" in c.attn_experts:
