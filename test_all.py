@@ -867,7 +867,8 @@ def test_a_captured_step_serves_every_later_token_of_its_block(traced_steps):
 
 @pytest.mark.parametrize("visual", [False, True])
 def test_a_captured_prompt_serves_every_prompt_of_its_size_from_the_second_on(traced_steps, visual):
-    model = tiny(rope_scaling=ROPE["dynamic"], max_position_embeddings=6)  # its base depends on the length
+    model = tiny(rope_scaling=ROPE["dynamic"], max_position_embeddings=6,  # its base depends on the length
+                 num_hidden_layers=1)
     model.moe, (captures, _) = "cuda", traced_steps
     pictures = [False, visual, False, visual]      # 8 columns: prompts of 5 to 8 tokens
     prompts = [batch_of([pictures + [False] * more] * rows, seed=more)
@@ -875,7 +876,7 @@ def test_a_captured_prompt_serves_every_prompt_of_its_size_from_the_second_on(tr
     for prompt in prompts:
         answers = []
         for model.cuda_graphs in (False, True):
-            answers.append(stream(model, *prompt, max_new_tokens=3))
+            answers.append(stream(model, *prompt, max_new_tokens=2))
         assert answers[0] == answers[1]
     assert captures.count(generate.read_prompt) == 2           # one for each number of rows
     for (rows,), cache in generate.KEPT[model][1].items():
@@ -889,7 +890,7 @@ def test_a_captured_prompt_serves_every_prompt_of_its_size_from_the_second_on(tr
 
 def test_calls_without_a_cache_share_graphs_but_no_content_and_never_at_the_same_time(
         traced_steps, monkeypatch):
-    model, (captures, _) = tiny(), traced_steps
+    model, (captures, _) = tiny(num_hidden_layers=1), traced_steps
     prompts = [batch_of([[False, True, False], [False]]), batch_of([[False, True]])]
 
     def answers(cuda_graphs):
