@@ -596,8 +596,8 @@ updates 63 or 126 M parameters, which takes a good part of a step of 320 tokens.
 1.7 × `dense`.
 
 The GPU's rows are older than three changes: no mask for padded rows, attention that shares keys, and compiled
-layers. With all three, the step of S1.2 on 12 layers took 61.8 ms instead of 78.0 on the same kind of GPU: 331
-TFLOP/s, 42 % of the peak. The target is 45 %. The device works for 55.8 ms of it: products 24, AdamW 7,
+layers. With all three, the step of S1.2 on 12 layers took 61.8 ms instead of 78.0 on the same kind of GPU:
+331 TFLOP/s, 42 % of the peak. The target is 45 %. The device works for 55.8 ms of it: products 24, AdamW 7,
 attention 4, and the rest are elementwise kernels, gathering and scattering.
 """
 
