@@ -78,8 +78,6 @@ def build(device: torch.device, source: Path = SOURCE) -> str:
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
     folder = folder / f"moe_kernel_{device.type}_{key.hexdigest()[:16]}"
     library, unfinished = folder / "moe_kernel.so", folder / "unfinished.so"
-    if library.exists():
-        return str(library)                        # its folder may be read-only
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "one_builder"):
         if not library.exists():                   # another process may have built it meanwhile
