@@ -75,7 +75,8 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
     end, device = tok.token_id("<|im_end|>"), model.language_model.output.weight.device
     batch = collate(samples, tok.pad_id, left=True)
     del batch["labels"]
-    batch = {name: t if t is None else t.to(device) for name, t in batch.items()}
+    if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
+        batch["pixel_values"] = batch["pixel_values"].to(device)
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=end, prefill_chunk=4096,
                             num_tokens=len(tok))
     rows = torch.stack(list(tokens), 1).tolist()

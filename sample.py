@@ -133,7 +133,7 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
     stream, answer, times = TextStream(tok, skip_special_tokens=False), [], [time.perf_counter()]
     with contextlib.suppress(KeyboardInterrupt), explain_out_of_memory(f"lower {LESS_MEMORY}"):
         for token in model.generate(
-                torch.tensor([input_ids], device=device), torch.cat(tiles).to(device) if tiles else None,
+                torch.tensor([input_ids]), torch.cat(tiles).to(device) if tiles else None,
                 kv_cache=cache, num_tokens=len(tok), **options):
             times.append(time.perf_counter())
             if int(token) in options["eos_token_id"]:
@@ -276,7 +276,9 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict], flags
     """The tokens of each answer without the one that ends it, and whether there was one."""
     batch = collate(samples, tok.pad_id, left=True)
     device, options = next(model.parameters()).device, generate_options(tok, flags)
-    batch = {name: t.to(device) for name, t in batch.items() if t is not None and name != "labels"}
+    del batch["labels"]
+    if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
+        batch["pixel_values"] = batch["pixel_values"].to(device)
     if flags.seed is not None:                     # a seed for each row: as if each were asked alone
         options["seed"] = [flags.seed] * len(samples)
     with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
