@@ -273,6 +273,7 @@ template <typename Tile, bool SWIGLU, typename T>
 __device__ inline void store_tile(const Problem<T>& p, const TokenTile& tokens, int first_column,
                                   const float (&sum)[Tile::WM / 16][Tile::WN / 8][4]) {
     constexpr int COLUMNS = SWIGLU ? Tile::WN / 2 : Tile::WN;  // of a warp
+    static_assert(COLUMNS % 32 == 0, "a warp stores 32 columns at a time");
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < Tile::WM / 16 * 2; i++) {
@@ -569,7 +570,6 @@ static int launch_gemm(const Problem<T>& p, int tile_config, cudaStream_t stream
         TILE(HOPPER_128x192, wgmma_kernel, 128, 192, 64, 8, 1, 5, 1, 1)           // 146
         TILE(HOPPER_128x256, wgmma_kernel, 128, 256, 64, 8, 1, 4, 1, 1)           // 190
     }
-#undef TILE
     return cudaErrorInvalidValue;
 }
 
