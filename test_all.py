@@ -1159,7 +1159,7 @@ def test_logits_that_are_no_numbers_end_generation_unless_their_row_has_ended(mo
     """With CUDA graphs, rows leave by halves: one that has ended may stay and overflow."""
     def reserve(self, *args, plain=KVCache.reserve):
         plain(self, *args)
-        self.step_buffers.pool = "what a CPU has none of"
+        self.pool = "what a CPU has none of"
 
     def decode(model, token, cache):
         logits = torch.zeros(len(token), 50)
