@@ -363,19 +363,20 @@ class JsonlDataset(Dataset):
     repeat_time 2.5 gives every sample twice and a random half of them, by seed, once more [ours: the official
     code takes the first part of the file, and no fractions above 1]. The images of a sample share max_tiles
     [repo]. A sample of more than max_tokens (default: the model's context) is an error, nothing is cut. With
-    augment, its tiles go through JPEG as in load_image; (seed, index) decide the quality. A bad sample raises
-    InputError when it is asked for, with its file and line number. A sample without "id" has these as its id.
+    augment, its tiles go through JPEG as in load_image; with vary, its images through change_lightly. (seed,
+    index) decide how, so repeat_time 10 gives ten variants of a picture. A bad sample raises InputError when
+    it is asked for, with its file and line number. A sample without "id" has these as its id.
     """
 
     BLOCK_SIZE = 1 << 20                           # bytes
 
     def __init__(self, annotation: str | Path, root: str | Path, tok: Tokenizer, config,
                  repeat_time: float = 1, max_tiles: int | None = None, max_tokens: int | None = None,
-                 seed: int = 0, augment: bool = False, task: str | None = None):
+                 seed: int = 0, augment: bool = False, task: str | None = None, vary: bool = False):
         if not os.path.isdir(root):
             raise InputError(f"the image folder {root} of {annotation} does not exist")
         self.annotation, self.root, self.tok, self.config = annotation, Path(root).resolve(), tok, config
-        self.seed, self.augment, self.task = seed, augment, task
+        self.seed, self.augment, self.task, self.vary = seed, augment, task, vary
         self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
         self.max_tokens = config.context_length if max_tokens is None else max_tokens
         if type(repeat_time) not in (int, float) or not 0 < repeat_time <= 1e6:
@@ -415,9 +416,9 @@ class JsonlDataset(Dataset):
     def __getitem__(self, i: int) -> dict:
         location = i % len(self.locations) if i < self.repeated else self.extra[i - self.repeated]
         name, line, images = self.read(location)
-        augment = random.Random(f"{self.seed}/{i}") if self.augment else None
+        rng = random.Random(f"{self.seed}/{i}") if self.augment or self.vary else None
         try:
-            sample = self.make_sample(line, images, augment)
+            sample = self.make_sample(line, images, rng)
         except InputError as e:
             raise InputError(f"{name}: {e}") from None
         return {**sample, "id": name if sample["id"] is None else sample["id"], "task": self.task}
@@ -458,12 +459,14 @@ class JsonlDataset(Dataset):
             raise InputError(f"image {image} leads out of the image folder {self.root}")
         return path
 
-    def make_sample(self, line: bytes, images: list | None, augment: random.Random | None) -> dict:
-        """What `read` returned -> a sample. Its "id" is None if the line has none."""
+    def make_sample(self, line: bytes, images: list | None, rng: random.Random | None) -> dict:
+        """What `read` returned -> a sample. Its "id" is None if the line has none. rng: for augmentation."""
         line, images = self.parse_line(line, images)
+        if self.vary:
+            images = [change_lightly(image, rng) for image in images]
         c, share = self.config, max(1, self.max_tiles // max(1, len(images)))
         tiles = [load_image(image, share, c.image_size, c.use_thumbnail, min(share, c.min_dynamic_patch),
-                            augment) for image in images]
+                            rng if self.augment else None) for image in images]
         input_ids, labels = encode_conversation(self.tok, line.get("conversations"), [len(t) for t in tiles],
                                                 c.tokens_per_tile)
         if len(input_ids) > self.max_tokens:
@@ -545,12 +548,17 @@ def key_and_extension(name: str) -> tuple[str, str]:
     return folder + slash + stem, dot + extension
 
 
+STAGE_NAMES = "S1.1", "S1.2", "S1.3", "S2"
+
+
 def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = None,
-              max_tokens: int | None = None, seed: int = 0) -> ConcatDataset:
+              max_tokens: int | None = None, seed: int = 0, stage: str | None = None) -> ConcatDataset:
     """The datasets of a meta.json, {name: {root, annotation, repeat_time, max_dynamic_patch?,
     data_augment?}}, in a row [repo]. root and annotation are relative to the folder of meta.json. An
     annotation that ends in .tar, or is a list, names shards (TarDataset) and needs no root. max_dynamic_patch
-    replaces max_tiles. Raises InputError that names the dataset and the field."""
+    replaces max_tiles. "stages": ["S1.1", ...] keeps a dataset to these stages, and "augment": true is
+    JsonlDataset's vary [both ours]. Raises InputError that names the dataset and the field, and if no dataset
+    is for this stage."""
     meta, folder, datasets = read_json(path), Path(path).parent, []
     if not meta:
         raise InputError(f"{path}: expected {{name: {{root, annotation, repeat_time}}}}")
@@ -561,14 +569,23 @@ def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = 
         if not shards and {type(entry.get("root")), type(files)} != {str}:
             raise InputError(f"{here} needs root and annotation, two paths, or .tar shards as annotation")
         if unknown := entry.keys() - {"root", "annotation", "repeat_time", "max_dynamic_patch",
-                                      "data_augment", "length"}:
+                                      "data_augment", "length", "stages", "augment"}:
             raise InputError(f"{here} has the unknown field {min(unknown)}")
-        if type(augment := entry.get("data_augment", False)) is not bool:
-            raise InputError(f"{here}: data_augment is {augment!r}, expected true or false")
+        for field in ("data_augment", "augment"):
+            if type(entry.get(field, False)) is not bool:
+                raise InputError(f"{here}: {field} is {entry[field]!r:.60}, expected true or false")
+        stages = entry.get("stages", list(STAGE_NAMES))
+        if not isinstance(stages, list) or not stages or any(s not in STAGE_NAMES for s in stages):
+            raise InputError(f"{here}: stages is {stages!r:.60}, expected a list of {', '.join(STAGE_NAMES)}")
+        if stage is not None and stage not in stages:
+            continue
         options = (tok, config, entry.get("repeat_time", 1), entry.get("max_dynamic_patch", max_tiles),
-                   max_tokens, seed, augment, name)
+                   max_tokens, seed, entry.get("data_augment", False), name, entry.get("augment", False))
         datasets.append(TarDataset([str(folder / str(shard)) for shard in shards], *options) if shards
                         else JsonlDataset(folder / files, folder / entry["root"], *options))
+    if not datasets:
+        raise InputError(f"{path}: no dataset is for {stage}; add it to the stages of one, or name other "
+                         "--stages")
     return ConcatDataset(datasets)
 
 

@@ -553,7 +553,8 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path, new_tokenizer: Pa
             tok = Tokenizer(new_tokenizer)
         config = MonoInternVLConfig.from_llm(
             folder, attn_experts="qkvo" if flags.recipe == "evip++" else "", bos_token_id=tok.bos_id,
-            eos_token_id=tok.eos_id, pad_token_id=tok.pad_id, **(ICON_SIZES if flags.preset == "icons" else {}))
+            eos_token_id=tok.eos_id, pad_token_id=tok.pad_id,
+            **(ICON_SIZES if flags.preset == "icons" else {}))
         config = replace(config, vocab_size=max(config.vocab_size, len(tok)),
                          img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
 
@@ -689,7 +690,7 @@ def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: F
     if flags.preset == "icons":
         return Icons(flags.data, stage.name, tok, config, stage.max_tiles, flags.seed), stage
     limit = token_limit(config, stage, flags)
-    dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed)
+    dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed, stage.name)
     if stage.trainable.startswith("visual") and not dataset.has_images:
         raise InputError(f"{stage.name} learns to see, but no sample of {flags.data} has an image; for "
                          "text alone, choose --stages S2")
