@@ -127,13 +127,18 @@ def sample_flop(shapes: dict[str, tuple], trained: set[str], c, tokens: int, max
 def measured_peak(device: str, dtype: str) -> float:
     """What a large matrix product reaches on this device, in operations per second."""
     n = 8192 if device.startswith("cuda") else 512
-    a = torch.ones(n, n, dtype=getattr(torch, dtype), device=device)
+    a = torch.randn(n, n, device=device).to(getattr(torch, dtype))         # a GPU is faster on ones or zeros
     best = math.inf
     for _ in range(5):
         started = time.perf_counter()
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - started)
     return 2 * n ** 3 / best
+
+
+def gpu_memory(device: str) -> float:
+    """Bytes. Where there is no GPU, the plan is for one of 80 GB."""
+    return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 80e9
 
 
 def peak_memory(device: str) -> int | None:
@@ -149,10 +154,11 @@ def peak_memory(device: str) -> int | None:
 
 # ---------------------------------------------------------------- the plan of a preset
 
-def print_plan(stage: str, trains: int, memory: dict[str, float], seconds: float) -> None:
+def print_plan(stage: str, trains: int, memory: dict[str, float], recompute: bool, seconds: float) -> None:
     """trains: parameters. memory: as memory_plan makes it. seconds: NaN if nobody knows."""
     parts = ", ".join(f"{part} {size / 1e9:.3f}" for part, size in memory.items())
     print(f"{stage:6}{trains / 1e6:9.2f} M train: {parts}; together {sum(memory.values()) / 1e9:.2f}"
+          + ", layers run twice" * recompute
           + ("" if math.isnan(seconds) else f"; {seconds / 3600:,.1f} hours"))
 
 

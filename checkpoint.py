@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -160,7 +161,11 @@ def read_tensors(folder: str | Path, dtype: torch.dtype | None, device) -> dict[
             raise InputError(f"{folder / file} does not exist; expected model.safetensors or "
                              "all shards of its index") from None
         except (SafetensorError, OSError) as e:
-            raise InputError(f"{folder / file} is damaged or cut short: {e}") from None
+            error = f"damaged or cut short: {e}"
+            with suppress(OSError, ValueError), open(folder / file, "rb") as f:
+                if f.read(23) == b"version https://git-lfs":
+                    error = "a Git LFS pointer, not the file itself: run `git lfs pull`"
+            raise InputError(f"{folder / file} is {error}") from None
     return tensors
 
 

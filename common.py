@@ -17,25 +17,24 @@ from torch import Tensor
 
 class InputError(ValueError):
     """A file, flag or tensor that a user gave does not fit. Scripts print the message: it says what to do. It
-    is one line, even if a file name or a text that it quotes is not."""
+    is one line of valid Unicode, even if a file name or a text that it quotes is not."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(" ".join(message.splitlines()).encode(errors="backslashreplace").decode())
 
 
 def read_json(path: str | Path, if_missing: str = "") -> dict:
     """The JSON object in a file. Raises InputError for all else; if_missing: added if there is no file."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")                  # Windows editors add a BOM
-        if text.startswith("version https://git-lfs"):
-            raise InputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
-        content = json.loads(text)
+        is_pointer = text.startswith("version https://git-lfs")
+        content = {} if is_pointer else json.loads(text)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist{if_missing}") from None
-    except InputError:
-        raise
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path} is not readable JSON: {e}") from None
+    if is_pointer:
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object of named fields")
     return content
@@ -62,8 +61,8 @@ def flag(default, help: str, **options):
 
 def parse_flags(flags: type, argv: Sequence[str] | None = None, description: str | None = None):
     """Fills a dataclass from the command line. Each field is a flag: `steps: int` takes --steps 200 or
-    --steps=200, `compile: bool` --compile or --no-compile, `image: list[str]` one or more values. An unknown
-    flag exits with 2 and suggests the nearest name."""
+    --steps=200, `compile: bool` --compile or --no-compile, `image: list[str]` one or more values, also when
+    it is repeated. An unknown flag exits with 2 and suggests the nearest name."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     hints = typing.get_type_hints(flags)
@@ -76,6 +75,8 @@ def parse_flags(flags: type, argv: Sequence[str] | None = None, description: str
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
             options |= {"type": typing.get_args(kind)[0], "nargs": "+", "action": "extend"}
+            options["help"] += f" (default: {options['default']})"
+            options["default"] = argparse.SUPPRESS  # else it would be extended; the dataclass fills it in
         else:                                                              # int, or int | None
             options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
         parser.add_argument("--" + f.name, **options)
@@ -88,6 +89,11 @@ def parse_flags(flags: type, argv: Sequence[str] | None = None, description: str
 
 
 # ---------------------------------------------------------------- the processes of a run
+
+def auto_device() -> str:
+    """What --device auto means: cuda, else mps (the GPU of a Mac), else cpu."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
 
 def rank() -> int:
     """The number of this process. torchrun starts one process per GPU and numbers them in the environment."""

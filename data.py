@@ -20,25 +20,41 @@ import sys
 import tarfile
 import threading
 import time
-import warnings
 from array import array
 from bisect import bisect_right, insort_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 import torch
-from PIL import Image, ImageEnhance
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, PngImagePlugin
 from sentencepiece import SentencePieceProcessor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from common import InputError, read_json
 
+ImageFile = str | Path | io.BytesIO | Image.Image
 IGNORED = -100                                     # the label of a token without loss
+LFS_POINTER = b"version https://git-lfs"           # how the small text begins that stands for a large file
+
+
+def readable(name: str | Path) -> str:
+    """A name or an id as messages show it: escaped where it is no valid Unicode, and not too long."""
+    name = str(name).encode(errors="backslashreplace").decode()
+    return name if len(name) <= 200 else f"{name[:130]}...{name[-67:]}"
+
+
+def unreadable(file: str | Path, error: str) -> InputError:
+    """What to raise for a file that is not what it should be. Git LFS may not have fetched it."""
+    with suppress(OSError, ValueError), open(file, "rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            error = "is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    return InputError(f"{readable(file)} {error}")
+
 
 # ---------------------------------------------------------------- tokenizer
 
@@ -91,7 +107,7 @@ class Tokenizer:
             self.bytes = {i: bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("▁", " ").encode()
                           for i, p in enumerate(pieces)}
         except (RuntimeError, OSError, ValueError) as e:
-            raise InputError(f"{path} is not a sentencepiece model: {e}") from None
+            raise unreadable(path, f"is not a sentencepiece model: {e}") from None
         self.special_tokens = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
         self.bos_id, self.eos_id = sp.bos_id(), sp.eos_id()
         self.pad_id = self.eos_id if sp.pad_id() < 0 else sp.pad_id()
@@ -199,38 +215,46 @@ def turns(*texts: str) -> list[dict]:
 
 def chat_parts(conversation: Sequence[dict], system: str, after_turn: str = "",
                continued: bool = False) -> Iterator[tuple[str, str]]:
-    """The internlm2-chat template [repo] in parts (role, text). The model learns the parts of role "gpt".
-    after_turn: what other models have between <|im_end|> and the next turn. continued: turns came before."""
-    if not isinstance(conversation, list | tuple) or not conversation:
+    """The internlm2-chat template [repo] in parts (role, text). The model learns the parts of role "gpt". A
+    first turn from "system" replaces `system` [ours: as InternVL does it later]. after_turn: what other
+    models have between <|im_end|> and the next turn. continued: turns came before, so `system` is left out.
+    """
+    first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
+    own = isinstance(first, dict) and first.get("from") == "system"
+    if first is None or len(conversation) == own:
         raise InputError(f"the conversation is {conversation!r:.60}, expected a list of turns")
     before = after_turn if continued else ""
-    if system and not continued:
+    if system and not own and not continued:
         yield "system", f"<|im_start|>system\n{system}<|im_end|>"
         before = after_turn
-    for i, turn in enumerate(conversation):
+    for number, turn in enumerate(conversation, 1):
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        expected = "gpt" if i % 2 else "human"
+        expected = "system" if own and number == 1 else "human" if (number + own) % 2 else "gpt"
         if role != expected:
-            raise InputError(f'turn {i + 1} of the conversation is from {role!r}, expected "{expected}": '
-                             'turns alternate, "human" first')
+            raise InputError(f'turn {number} of the conversation is from {role!r:.60}, expected '
+                             f'"{expected}": turns alternate, "human" first')
         if not isinstance(text, str):
-            raise InputError(f"turn {i + 1} of the conversation has the value {text!r:.60}, expected text")
+            raise InputError(f"turn {number} of the conversation has the value {text!r:.60}, expected text")
         for token in RESERVED:
             if token in text:
-                raise InputError(f"turn {i + 1} of the conversation holds the control token {token}; "
+                raise InputError(f"turn {number} of the conversation holds the control token {token}; "
                                  "write <image> where an image belongs")
-        if role == "human":
+        if role == "system":
+            if not text:
+                continue
+            yield role, f"<|im_start|>system\n{text}<|im_end|>"
+        elif role == "human":
             yield role, f"{before}<|im_start|>user\n{text.strip()}<|im_end|>"
             yield "prompt", f"{after_turn}<|im_start|>assistant\n"
-        else:
+        elif role == "gpt":
             yield role, f"{text.strip()}<|im_end|>"
         before = after_turn
 
 
 def chat_prompt(conversation: Sequence[dict], system: str = SYSTEM_MESSAGE) -> str:
     """[{"from": "human" | "gpt", "value": text}, ...] -> the text that the model reads after <s>. After a
-    human's last turn, it ends where the answer begins. Raises InputError if roles do not alternate or a text
-    holds a control token."""
+    human's last turn, it ends where the answer begins. A message of the conversation's own may come first,
+    from "system". Raises InputError if roles do not alternate or a text holds a control token."""
     return "".join(text for _, text in chat_parts(conversation, system))
 
 
@@ -267,36 +291,72 @@ def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_
 # ---------------------------------------------------------------- pictures: tiling and normalisation
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# A small file can unpack to gigabytes. Pillow only warns of a picture with more than MAX_IMAGE_PIXELS pixels;
-# here that is an error. The filter is set once, because setting it around each open is not thread-safe.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+MAX_PIXELS = 2 ** 28                               # a small file can unpack to more: that is refused
+PngImagePlugin.MAX_TEXT_CHUNK = 100 * 2 ** 20      # bytes [repo: even more]
 
 
-def open_image(image: str | Path | io.BytesIO | Image.Image) -> Image.Image:
-    """Returns the image in RGB, its pixels read. Transparency and EXIF rotation are ignored [repo]. Raises
-    InputError that names an image which is missing, damaged, empty or too large."""
-    name = str(image) if isinstance(image, (str, Path)) else getattr(image, "filename", "") or "the image"
+def open_image(image: ImageFile, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Returns the image in RGB as a viewer shows it, its pixels read. Raises InputError that names an image
+    which is missing, damaged, empty or larger than max_pixels."""
+    name = getattr(image, "filename", image if isinstance(image, str | Path) else "")
+    name = readable(name or "the image")
+    Image.MAX_IMAGE_PIXELS = max_pixels            # Pillow itself refuses twice as many
     try:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
-            if 0 < opened.width * opened.height <= (Image.MAX_IMAGE_PIXELS or float("inf")):
-                return opened.convert("RGB")
+            if 0 < opened.width * opened.height <= max_pixels:
+                return as_shown(opened)
+            size = f"{opened.width} x {opened.height}"
     except FileNotFoundError:
         raise InputError(f"the image {name} does not exist") from None
+    except Image.DecompressionBombError:
+        size = f"more than {2 * max_pixels}"
     except Exception as e:                         # a damaged file raises a different error in each format
-        raise InputError(f"{name} is not a readable image: {type(e).__name__}: {e}") from None
-    raise InputError(f"{name} is {opened.width} x {opened.height} pixels, "
-                     f"expected 1 to {Image.MAX_IMAGE_PIXELS} in all")
+        raise unreadable(name, f"is not a readable image: {type(e).__name__}: {readable(e)}") from None
+    raise InputError(f"{name} is {size} pixels, expected 1 to {max_pixels} in all; --max_pixels allows more")
 
 
-def tile_image(image: str | Path | io.BytesIO | Image.Image, max_tiles: int = 12, image_size: int = 448,
-               use_thumbnail: bool = True, min_tiles: int = 1) -> list[Image.Image]:
+def as_shown(image: Image.Image) -> Image.Image:
+    """An opened image in RGB as a viewer shows it: scaled to 8 bits, on white where it is transparent, turned
+    as its EXIF block says [ours: the official code takes convert("RGB") alone]. Raises any kind of error."""
+    jpeg, end_mark = image.format in ("JPEG", "MPO"), [b"\xff\xd9"]
+    if jpeg and (file := image.fp):                # the last bytes may be missing: decode what is there
+        image.load_read = lambda size: file.read(size) or (end_mark.pop() if end_mark else b"")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        # White is the smallest of these scales that holds all values. A TIFF in mode I;16 may have 12 bits.
+        bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]
+        scales = {"I": (255, 65535, 2 ** 32), "F": (1, 255, 65535, 2 ** 32)}.get(image.mode, (2 ** bits - 1,))
+        values = np.asarray(image, np.float32)
+        if not 0 <= values.min() <= values.max() <= scales[-1]:
+            raise ValueError(f"mode {image.mode} with values from {values.min():g} to {values.max():g}")
+        white = next(scale for scale in scales if values.max() <= scale)
+        if "transparency" in image.info:
+            values = np.where(values == image.info["transparency"], white, values)
+        rgb = Image.fromarray(np.rint(values / (white / 255)).astype(np.uint8)).convert("RGB")
+    elif image.has_transparency_data:
+        rgba, rgb = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        rgb.paste(rgba, mask=rgba)
+    else:
+        rgb = image.convert("RGB")
+    if jpeg and not end_mark:                      # what is missing is decoded to 128, or inverted to 127
+        lowest = np.asarray(image)[-max(1, image.height // 8):]
+        if np.isin(lowest, (127, 128)).all():
+            raise OSError("an eighth of the picture or more is missing")
+    rgb.info.clear()                               # an EXIF block would turn the picture once more
+    with suppress(Exception):                      # without EXIF, or with a damaged block, nothing is turned
+        rgb.getexif()[ExifTags.Base.Orientation] = image.getexif()[ExifTags.Base.Orientation]
+    ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
+
+
+def tile_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use_thumbnail: bool = True,
+               min_tiles: int = 1, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
     """Square RGB tiles of image_size pixels [repo: dynamic_preprocess]. The grid of min_tiles to max_tiles
     tiles with the closest aspect ratio wins; the image is resized to fill it and cut row by row. If there are
     several tiles, a thumbnail of the whole comes last. Raises InputError like open_image."""
     if not 1 <= min_tiles <= max_tiles <= 1000 or image_size < 1:
         raise InputError(f"min_tiles {min_tiles}, max_tiles {max_tiles}, image_size {image_size}: "
                          "expected 1 <= min_tiles <= max_tiles <= 1000 and a positive size")
-    image = open_image(image)
+    image = open_image(image, max_pixels)
     grids = [(across, count // across) for count in range(min_tiles, max_tiles + 1)
              for across in range(1, count + 1) if count % across == 0]             # small grids first
     least = float("inf")
@@ -314,13 +374,13 @@ def tile_image(image: str | Path | io.BytesIO | Image.Image, max_tiles: int = 12
     return tiles
 
 
-def load_image(image: str | Path | io.BytesIO | Image.Image, max_tiles: int = 12, image_size: int = 448,
-               use_thumbnail: bool = True, min_tiles: int = 1,
-               augment: random.Random | None = None) -> torch.Tensor:
+def load_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use_thumbnail: bool = True,
+               min_tiles: int = 1, augment: random.Random | None = None,
+               max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """The tiles of tile_image as (n_tiles, 3, image_size, image_size) float32, normalised with the mean and
     deviation of ImageNet. With augment, each tile first goes through JPEG of a quality drawn from 75 to 100
     [repo: build_transform]. Raises InputError like tile_image."""
-    tiles = tile_image(image, max_tiles, image_size, use_thumbnail, min_tiles)
+    tiles = tile_image(image, max_tiles, image_size, use_thumbnail, min_tiles, max_pixels)
     for i, tile in enumerate(tiles if augment else ()):
         tile.save(file := io.BytesIO(), "JPEG", quality=augment.randint(75, 100))
         tiles[i] = open_image(file)
@@ -338,10 +398,11 @@ def paste(canvas: Image.Image, image: Image.Image, left: int, top: int, width: i
     canvas.paste(image, (left, top), mask=image)
 
 
-def change_lightly(image: str | Path | io.BytesIO | Image.Image, rng: random.Random) -> Image.Image:
+def change_lightly(image: ImageFile, rng: random.Random, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An RGB image of the same size: the image at 75 to 100 % of its size, turned by up to 12°, anywhere on a
     ground of any color, and up to 20 % darker or brighter [ours]. Raises InputError like open_image."""
-    opened = image if isinstance(image, Image.Image) and image.mode == "RGBA" else open_image(image)
+    has_ground = not (isinstance(image, Image.Image) and image.mode == "RGBA")
+    opened = open_image(image, max_pixels) if has_ground else image
     canvas = Image.new("RGB", opened.size, tuple(rng.randrange(256) for _ in range(3)))
     scale = rng.uniform(0.75, 1)
     width, height = (max(1, round(side * scale)) for side in opened.size)
@@ -351,6 +412,11 @@ def change_lightly(image: str | Path | io.BytesIO | Image.Image, rng: random.Ran
 
 
 # ---------------------------------------------------------------- training samples from files
+
+# Fields like images, image_path, input_image_2, video or pixel_values, but not image_id or image_width.
+PICTURE_FIELD = re.compile("(image|img|picture|photo|screenshot|pixel|video|frame|audio)s?"
+                           "((path|file|name|url|uri|list|data|byte|base|b|value|tensor)s?)*$")
+
 
 class JsonlDataset(Dataset):
     """A dataset in the official format [repo]. A line of the file `annotation` is {"id", "image": "a.jpg" |
@@ -365,39 +431,56 @@ class JsonlDataset(Dataset):
     [repo]. A sample of more than max_tokens (default: the model's context) is an error, nothing is cut. With
     augment, its tiles go through JPEG as in load_image; with vary, its images through change_lightly. (seed,
     index) decide how, so repeat_time 10 gives ten variants of a picture. A bad sample raises InputError when
-    it is asked for, with its file and line number. A sample without "id" has these as its id.
+    it is asked for, with its file and line number. A sample without "id" has these as its id. `has_images`
+    tells whether any line names an image.
     """
 
     BLOCK_SIZE = 1 << 20                           # bytes
+    has_images = False                             # until find_samples sees one
 
     def __init__(self, annotation: str | Path, root: str | Path, tok: Tokenizer, config,
                  repeat_time: float = 1, max_tiles: int | None = None, max_tokens: int | None = None,
-                 seed: int = 0, augment: bool = False, task: str | None = None, vary: bool = False):
+                 seed: int = 0, augment: bool = False, task: str | None = None, max_pixels: int = MAX_PIXELS,
+                 vary: bool = False):
+        name = self.name = readable(annotation)
         if not os.path.isdir(root):
-            raise InputError(f"the image folder {root} of {annotation} does not exist")
+            raise InputError(f"the image folder {readable(root)} of {name} does not exist")
         self.annotation, self.root, self.tok, self.config = annotation, Path(root).resolve(), tok, config
-        self.seed, self.augment, self.task, self.vary = seed, augment, task, vary
+        self.seed, self.augment, self.task, self.max_pixels = seed, augment, task, max_pixels
+        self.vary = vary
         self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
         self.max_tokens = config.context_length if max_tokens is None else max_tokens
         if type(repeat_time) not in (int, float) or not 0 < repeat_time <= 1e6:
-            raise InputError(f"repeat_time of {annotation} is {repeat_time!r}, expected a positive number of "
+            raise InputError(f"repeat_time of {name} is {repeat_time!r:.60}, expected a positive number of "
                              "at most 1e6")
         if type(self.max_tiles) is not int or self.max_tiles < 1:
-            raise InputError(f"max_dynamic_patch of {annotation} is {self.max_tiles!r}, expected at least 1")
+            raise InputError(f"max_dynamic_patch of {name} is {self.max_tiles!r:.60}, expected at least 1")
         self.locations = self.find_samples()
         n = len(self.locations)
         self.repeated, extra = int(repeat_time) * n, round(repeat_time % 1 * n)
         self.extra = np.sort(np.random.default_rng(seed).permutation(n if extra else 0)[:extra])
         if not len(self):
-            raise InputError(f"{annotation} with repeat_time {repeat_time} has no samples")
+            raise InputError(f"{name} with repeat_time {repeat_time} has no samples")
 
     def find_samples(self) -> np.ndarray:
         """(n, 2) int64: the line number and the byte offset of each line that is not blank. numpy looks for
         line ends block by block, so ten million lines take seconds."""
-        locations, lines, block_start = [np.empty((0, 2), np.int64)], 0, 0
+        locations, lines = [np.empty((0, 2), np.int64)], 0
         try:
             with open(self.annotation, "rb") as f:
+                block_start = 3 if f.read(3) == codecs.BOM_UTF8 else 0
+                f.seek(block_start)
+                beginning = f.read(1000)
+                if beginning.startswith(LFS_POINTER):
+                    raise ValueError               # `unreadable` says so
+                if b"\0" in beginning[:4]:
+                    raise ValueError("expected UTF-8 text, and it is probably UTF-16")
+                if re.match(rb"\s*(\[|{\s*\n)", beginning):
+                    raise ValueError("expected JSONL, and it is one JSON document: put each sample on a line "
+                                     "of its own, as `jq -c '.[]' FILE` does with an array")
+                f.seek(block_start)
                 while block := f.read(self.BLOCK_SIZE) + f.readline():     # whole lines
+                    self.has_images |= bool(re.search(rb'"image"\s*:\s*\[?\s*"[^"]', block))
                     characters = np.frombuffer(block, np.uint8)
                     starts = np.append(0, np.flatnonzero(characters[:-1] == ord("\n")) + 1)
                     ends = np.append(starts[1:], len(block))
@@ -406,8 +489,8 @@ class JsonlDataset(Dataset):
                     numbers = np.arange(lines + 1, lines + 1 + len(starts))
                     locations.append(np.delete(np.stack([numbers, block_start + starts], 1), blank, 0))
                     lines, block_start = lines + len(starts), block_start + len(block)
-        except (OSError, ValueError) as e:         # ValueError: a null character in the name
-            raise InputError(f"{self.annotation} is not readable: {getattr(e, 'strerror', e)}") from None
+        except (OSError, ValueError) as e:         # ValueError: from above, or a null character in the name
+            raise unreadable(self.annotation, f"is not readable: {getattr(e, 'strerror', e)}") from None
         return np.concatenate(locations)
 
     def __len__(self) -> int:
@@ -415,25 +498,25 @@ class JsonlDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         location = i % len(self.locations) if i < self.repeated else self.extra[i - self.repeated]
-        name, line, images = self.read(location)
+        name, line, files = self.read(location)
         rng = random.Random(f"{self.seed}/{i}") if self.augment or self.vary else None
         try:
-            sample = self.make_sample(line, images, rng)
+            sample = self.make_sample(line, files, rng)
         except InputError as e:
-            raise InputError(f"{name}: {e}") from None
+            raise InputError(f"{readable(name)}: {e}") from None
         return {**sample, "id": name if sample["id"] is None else sample["id"], "task": self.task}
 
-    def read(self, location: int) -> tuple[str, bytes, list | None]:
-        """What is there: (name for messages, line, images). Images None: the line names their files."""
+    def read(self, location: int) -> tuple[str, bytes, dict | None]:
+        """What is there: (name for messages, line, the images in a shard as {name: content} or None)."""
         number, offset = self.locations[location].tolist()
         try:
             with open(self.annotation, "rb") as f:
                 f.seek(offset)
                 return f"{self.annotation}:{number}", f.readline(), None
         except OSError as e:
-            raise InputError(f"{self.annotation} is not readable any more: {e.strerror}") from None
+            raise InputError(f"{self.name} is not readable any more: {e.strerror}") from None
 
-    def parse_line(self, line: bytes, images: list | None) -> tuple[dict, list]:
+    def parse_line(self, line: bytes, files: dict | None) -> tuple[dict, list]:
         """What `read` returned -> (the line as an object, its images: paths or open files)."""
         try:
             line = json.loads(line)
@@ -441,46 +524,53 @@ class JsonlDataset(Dataset):
             raise InputError(f"not JSON: {getattr(e, 'msg', e)}") from None
         if not isinstance(line, dict):
             raise InputError(f"{line!r:.60} is not an object with conversations")
-        if images is None:
-            images = line.get("image") or []
-            images = [images] if isinstance(images, str) else images
-            if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-                raise InputError(f"image is {images!r:.60}, expected a file name or a list of them")
-            images = [self.image_path(image) for image in images]
-        return line, images
+        for field, value in line.items():
+            may_hold_picture = PICTURE_FIELD.search(re.sub("[^a-z]", "", field.lower()))
+            if may_hold_picture and field != "image" and value and isinstance(value, str | list | dict):
+                raise InputError(f'the field {field!r:.60} is unknown; pictures belong in "image"')
+        names = line.get("image") or []
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"image is {names!r:.60}, expected a file name or a list of them")
+        return line, self.find_images(names, files)
 
-    def image_path(self, image: str) -> Path:
-        """The file that `image` names, links followed. A downloaded annotation must not reach beyond root."""
-        try:
-            path = (self.root / image).resolve()
-        except (OSError, RuntimeError, ValueError) as e:                   # a loop of links, a null character
-            raise InputError(f"image {image!r:.200} is no file name: {e}") from None
-        if not path.is_relative_to(self.root):
-            raise InputError(f"image {image} leads out of the image folder {self.root}")
-        return path
+    def find_images(self, names: list[str], files: None) -> list[Path]:
+        """The files that "image" names. A downloaded annotation must not name any beyond root. Links in root
+        are the user's own and may lead anywhere."""
+        for name in names:
+            if len(name) > 4096:                   # more than any file system takes
+                raise InputError(f"image {name[:40]!r}... is no file name; save base64 pictures as files")
+            if Path(name).anchor or ".." in Path(name).parts:
+                raise InputError(f"image {readable(name)} leads out of the image folder {self.root}")
+        return [self.root / name for name in names]
 
-    def make_sample(self, line: bytes, images: list | None, rng: random.Random | None) -> dict:
+    def make_sample(self, line: bytes, files: dict | None, rng: random.Random | None) -> dict:
         """What `read` returned -> a sample. Its "id" is None if the line has none. rng: for augmentation."""
-        line, images = self.parse_line(line, images)
+        line, images = self.parse_line(line, files)
         if self.vary:
-            images = [change_lightly(image, rng) for image in images]
+            images = [change_lightly(image, rng, self.max_pixels) for image in images]
         c, share = self.config, max(1, self.max_tiles // max(1, len(images)))
         tiles = [load_image(image, share, c.image_size, c.use_thumbnail, min(share, c.min_dynamic_patch),
-                            rng if self.augment else None) for image in images]
+                            rng if self.augment else None, self.max_pixels) for image in images]
         input_ids, labels = encode_conversation(self.tok, line.get("conversations"), [len(t) for t in tiles],
                                                 c.tokens_per_tile)
         if len(input_ids) > self.max_tokens:
             raise InputError(f"{len(input_ids)} tokens, the limit is {self.max_tokens}")
         if all(label == IGNORED for label in labels):
             raise InputError("the last turn is the human's: no answer to learn")
+        if not all(turn["value"].strip() for turn in line["conversations"] if turn["from"] == "gpt"):
+            raise InputError("an answer of the conversation is empty")
         return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels),
                 "pixel_values": torch.cat(tiles) if tiles else None, "id": line.get("id")}
 
 
 class TarDataset(JsonlDataset):
     """The same from .tar shards in WebDataset's layout: neighbouring files with one key are a sample. a.json
-    is its line, other files (a.jpg, a.1.png) are its images, in the order of the shard. If a.json is missing
-    or has no conversations, a.txt is a caption, learned as the answer to <image> [ours]."""
+    is its line, other files (a.jpg, a.1.png) are its images. If a.json is missing or has no conversations,
+    a.txt is a caption, learned as the answer to <image> [ours]. Images come in the order in which "image" of
+    a.json names them, else in that of their numbers, a.2.png before a.10.png."""
+
+    TEXTS = ".json", ".txt"
 
     def __init__(self, patterns: Sequence[str], *arguments, **options):
         """patterns: "a.tar", "a-{000..003}.tar" or "a-*.tar". The others are JsonlDataset's after root."""
@@ -494,83 +584,105 @@ class TarDataset(JsonlDataset):
             else:
                 self.shards.append(pattern)
         if not self.shards:
-            raise InputError(f"no file is called {' or '.join(patterns)}")
+            raise InputError(f"no file is called {readable(' or '.join(patterns))}")
         super().__init__(" + ".join(patterns), ".", *arguments, **options)
 
     def find_samples(self) -> np.ndarray:
         """(n, 2) int64: shard number and byte offset of each sample's first file. Reads all headers once."""
-        locations, previous = array("q"), None
+        locations = array("q")
         for number, path in enumerate(self.shards):
+            previous, seen = None, set()           # the key of the last file; all keys and names of the shard
             try:
                 with tarfile.open(path, "r:") as tar:
-                    while member := tar.next():
-                        key, _ = key_and_extension(member.name)
-                        if member.isfile() and previous != (number, key):
+                    for member, key, extension in sample_files(tar):
+                        if (member.name in seen or key != previous and key in seen
+                                or extension.endswith(self.TEXTS) and extension not in self.TEXTS):
+                            raise tarfile.ReadError(
+                                f"{readable(member.name)} does not fit: the files of a sample stand together "
+                                "and are called KEY.json or KEY.txt, KEY.jpg, KEY.2.jpg, with no dot in KEY "
+                                "and another KEY for each sample")
+                        if key != previous:
                             locations.extend((number, member.offset))
-                            previous = number, key
-                        tar.members.clear()        # tarfile would keep all headers in memory
+                        self.has_images |= extension not in self.TEXTS
+                        seen |= {member.name, previous := key}
                     tar.fileobj.seek(tar.offset)   # zeros end an archive; tarfile accepts one without them
                     if tar.fileobj.read(512) != bytes(512):
                         raise tarfile.ReadError("its end is missing")
             except (OSError, ValueError, tarfile.TarError) as e:
-                raise InputError(f"{path} is no complete, uncompressed .tar: {e}") from None
+                raise unreadable(path, f"is no complete, uncompressed .tar of samples: {e}") from None
         return np.array(locations, np.int64).reshape(-1, 2)
 
-    def read(self, location: int) -> tuple[str, bytes, list | None]:
+    def read(self, location: int) -> tuple[str, bytes, dict | None]:
         number, offset = self.locations[location].tolist()
         path, sample_key, files = self.shards[number], None, {}
         try:
             with open(path, "rb") as f:
                 f.seek(offset)
                 with tarfile.open(fileobj=f, mode="r:") as tar:
-                    for member in tar:
-                        key, extension = key_and_extension(member.name)
+                    for member, key, _ in sample_files(tar):
                         if sample_key not in (None, key):
                             break
-                        sample_key = key
-                        if member.isfile():
-                            files[extension] = tar.extractfile(member).read()
+                        sample_key, files[member.name] = key, tar.extractfile(member).read()
             if sample_key is None:
                 raise tarfile.ReadError(f"no file begins at byte {offset}")
         except (OSError, tarfile.TarError) as e:
-            raise InputError(f"{path} is not readable any more: {e}") from None
-        line, caption = files.pop(".json", b""), files.pop(".txt", None)
+            raise InputError(f"{readable(path)} is not readable any more: {e}") from None
+        line, caption = files.pop(f"{sample_key}.json", b""), files.pop(f"{sample_key}.txt", None)
         if caption is not None and b'"conversations"' not in line:
             caption = caption.decode(errors="surrogateescape")             # `encode` refuses invalid UTF-8
             line = json.dumps({"conversations": turns("<image>", caption)}).encode()
-        return f"{path}: {sample_key}", line, [io.BytesIO(content) for content in files.values()]
+        if not line:
+            raise InputError(f"{readable(f'{path}: {sample_key}')} has no .json and no .txt")
+        return f"{path}: {sample_key}", line, files
+
+    def find_images(self, names: list[str], files: dict[str, bytes]) -> list[io.BytesIO]:
+        """The files that "image" names, as part/7.left.png, 7.left.png or left.png. All if it names none."""
+        called = {}
+        for file in files:
+            name = file.rpartition("/")[2]
+            called |= {name: file, name.partition(".")[2]: file}
+        found = [called.get(name.rpartition("/")[2].lstrip(".")) for name in names]
+        if not any(found):
+            found = sorted(files, key=lambda file: re.sub(r"\d+", lambda number: number[0].zfill(20), file))
+        elif None in found or len({*found}) < len({*names}):
+            raise InputError(f"image is {names!r:.60}, but the sample has {readable(', '.join(files))}")
+        return [io.BytesIO(files[file]) for file in found]
 
 
-def key_and_extension(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the file "part/7.left.png" has the key "part/7" and the extension ".left.png"."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    return folder + slash + stem, dot + extension
+def sample_files(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """(header, key, extension) of each file, by WebDataset's rule: that of "part/7.left.png" are "part/7" and
+    ".left.png". A file without a key or an extension belongs to no sample."""
+    while member := tar.next():
+        tar.members.clear()                        # tarfile would keep all headers in memory
+        name = re.fullmatch(r"((?:.*/)?[^./]+)(\.[^/]*)", member.name, re.DOTALL)
+        if name and member.isfile():
+            yield member, name[1], name[2]
 
 
 STAGE_NAMES = "S1.1", "S1.2", "S1.3", "S2"
 
 
 def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = None,
-              max_tokens: int | None = None, seed: int = 0, stage: str | None = None) -> ConcatDataset:
+              max_tokens: int | None = None, seed: int = 0, max_pixels: int = MAX_PIXELS,
+              stage: str | None = None) -> ConcatDataset:
     """The datasets of a meta.json, {name: {root, annotation, repeat_time, max_dynamic_patch?,
     data_augment?}}, in a row [repo]. root and annotation are relative to the folder of meta.json. An
     annotation that ends in .tar, or is a list, names shards (TarDataset) and needs no root. max_dynamic_patch
     replaces max_tiles. "stages": ["S1.1", ...] keeps a dataset to these stages, and "augment": true is
-    JsonlDataset's vary [both ours]. Raises InputError that names the dataset and the field, and if no dataset
-    is for this stage."""
+    JsonlDataset's vary [both ours]. `has_images` is true if any dataset has. Raises InputError that names the
+    dataset and the field, and if no dataset is for this stage."""
     meta, folder, datasets = read_json(path), Path(path).parent, []
     if not meta:
         raise InputError(f"{path}: expected {{name: {{root, annotation, repeat_time}}}}")
     for name, entry in meta.items():
-        here, entry = f"{path}: dataset {name}", entry if isinstance(entry, dict) else {}
+        here, entry = f"{path}: dataset {readable(name)}", entry if isinstance(entry, dict) else {}
         files = entry.get("annotation")
         shards = files if isinstance(files, list) else [files] if str(files).endswith(".tar") else []
         if not shards and {type(entry.get("root")), type(files)} != {str}:
             raise InputError(f"{here} needs root and annotation, two paths, or .tar shards as annotation")
         if unknown := entry.keys() - {"root", "annotation", "repeat_time", "max_dynamic_patch",
                                       "data_augment", "length", "stages", "augment"}:
-            raise InputError(f"{here} has the unknown field {min(unknown)}")
+            raise InputError(f"{here} has the unknown field {readable(min(unknown))}")
         for field in ("data_augment", "augment"):
             if type(entry.get(field, False)) is not bool:
                 raise InputError(f"{here}: {field} is {entry[field]!r:.60}, expected true or false")
@@ -580,13 +692,16 @@ def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = 
         if stage is not None and stage not in stages:
             continue
         options = (tok, config, entry.get("repeat_time", 1), entry.get("max_dynamic_patch", max_tiles),
-                   max_tokens, seed, entry.get("data_augment", False), name, entry.get("augment", False))
+                   max_tokens, seed, entry.get("data_augment", False), name, max_pixels,
+                   entry.get("augment", False))
         datasets.append(TarDataset([str(folder / str(shard)) for shard in shards], *options) if shards
                         else JsonlDataset(folder / files, folder / entry["root"], *options))
     if not datasets:
         raise InputError(f"{path}: no dataset is for {stage}; add it to the stages of one, or name other "
                          "--stages")
-    return ConcatDataset(datasets)
+    everything = ConcatDataset(datasets)
+    everything.has_images = any(dataset.has_images for dataset in datasets)
+    return everything
 
 
 # ---------------------------------------------------------------- batches: padding and packing
@@ -768,13 +883,20 @@ class Batches:
         # Workers read the next pool while this one is used. collate_fn keeps items as they are. generator: a
         # DataLoader would draw a number from the global one.
         ahead = max(2, -(-self.pool * self.batch_size // self.workers)) if self.workers else None
-        for i, sample, error in DataLoader(
-                ErrorsAsValues(self.dataset), batch_size=None, sampler=self.indices(), collate_fn=tuple,
-                num_workers=self.workers, prefetch_factor=ahead, generator=torch.Generator(),
-                worker_init_fn=end_with_parent):
-            for name, value in (sample or {}).items():
-                sample[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-            yield i, sample, error
+        items = DataLoader(
+            ErrorsAsValues(self.dataset), batch_size=None, sampler=self.indices(), collate_fn=tuple,
+            num_workers=self.workers, prefetch_factor=ahead, generator=torch.Generator(),
+            worker_init_fn=end_with_parent)
+        try:
+            for i, sample, error in items:
+                for name, value in (sample or {}).items():
+                    sample[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                yield i, sample, error
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            raise InputError(f"a process that reads samples ended ({e}); fewer --workers need less "
+                             "memory") from None
 
     def next_sample(self, source) -> Buffered:
         """The next good sample. source: what `fetch` yields."""

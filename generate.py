@@ -273,6 +273,7 @@ def decode(model, token: Tensor, kv_cache: KVCache) -> Tensor:
 def check_options(rows, max_new_tokens, temperature, top_k, top_p, repetition_penalty, eos_token_id, seed,
                   prefill_chunk) -> None:
     """Raises InputError that names the option of `generate` which is out of range."""
+    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else seed
     for name, value, fits, expected in (
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "at least 0"),
             ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
@@ -280,11 +281,12 @@ def check_options(rows, max_new_tokens, temperature, top_k, top_p, repetition_pe
             ("top_p", top_p, top_p is None or 0 < top_p <= 1, "None or above 0 and at most 1"),
             ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0"),
             ("eos_token_id", eos_token_id, all(type(e) is int for e in eos_token_id), "None, an id or ids"),
-            ("seed", seed, seed is None or isinstance(seed, int) or len(seed) == rows,
-             "None, a number, or one for each row"),
-            ("prefill_chunk", prefill_chunk, prefill_chunk >= 1, "None or at least 1")):
+            ("seed", seed, seed is None or len(seeds) == rows and all(0 <= s < 2 ** 64 for s in seeds),
+             "None, a number from 0 to 2**64 - 1, or one for each row"),
+            ("prefill_chunk", prefill_chunk, prefill_chunk is None or prefill_chunk >= 1,
+             "None or at least 1")):
         if not fits:
-            raise InputError(f"{name} is {value}, expected {expected}")
+            raise InputError(f"{name} is {value!s:.60}, expected {expected}")
 
 
 @torch.no_grad()                                   # not inference_mode: the results may be trained on
@@ -308,26 +310,25 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     cached one, only the rest is read. That changes no answer, except for roundings in 16 bits.
     num_tokens: the tokenizer's size. Later ids, with which some models pad their vocabulary, have no text.
     They are never generated, nor is <IMG_CONTEXT>, which means nothing without a tile.
-    Raises InputError for inputs and options that do not fit, and when logits are NaN.
+    Raises InputError for inputs and options that do not fit, and when logits are not finite.
     """
     model.check_inputs(input_ids, pixel_values, attention_mask)
     (B, T), device, context = input_ids.shape, input_ids.device, model.config.context_length
     ends = list(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
     ends = [] if eos_token_id is None else ends
-    chunk = T if prefill_chunk is None else prefill_chunk
-    check_options(B, max_new_tokens, temperature, top_k, top_p, repetition_penalty, ends, seed, chunk)
+    check_options(B, max_new_tokens, temperature, top_k, top_p, repetition_penalty, ends, seed, prefill_chunk)
     if attention_mask is not None and not attention_mask[:, -1].all():
         raise InputError("a row of attention_mask ends in padding; generate needs left-padded rows")
     if T >= context:
         raise InputError(f"the prompt of {T} tokens fills the context of {context}; "
-                         "shorten it or use fewer tiles")
+                         "shorten it, use fewer tiles, or /clear the chat")
     max_new_tokens = min(max_new_tokens, context - T)
     if attention_mask is not None and attention_mask.all():
         attention_mask = None                      # no pads: attention needs no mask
     cache = KVCache(model.config) if kv_cache is None else kv_cache
     dtype = model.language_model.output.weight.dtype
     cache.reserve(B, T + max_new_tokens, dtype, device)
-    logits = prefill(model, input_ids, pixel_values, attention_mask, cache, chunk)
+    logits = prefill(model, input_ids, pixel_values, attention_mask, cache, prefill_chunk or T)
 
     image_token, V = model.config.img_context_token_id, model.config.vocab_size
     forbidden = list(range(V if num_tokens is None else num_tokens, V))
@@ -339,15 +340,19 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     running = list(range(B))                       # the prompt's row that each row of the cache belongs to
     ended, last = set(), [0] * B                   # rows of the prompt, and the token that each yielded last
     for count in range(1, max_new_tokens + 1):
-        bad = logits.isnan().any(-1)
+        bad = ~logits.isfinite().all(-1)
         logits = logits.index_fill(1, forbidden, -torch.inf)
         token = sample_token(logits, generated, temperature, top_k, top_p, repetition_penalty,
                              [generators[row] for row in running])
-        token = token.masked_fill(bad, -1)
-        for row, t in zip(running, token.tolist(), strict=True):           # the one sync of a step
-            if t < 0:
-                raise InputError(f"the logits are NaN in {str(dtype).removeprefix('torch.')}: numbers "
-                                 "overflow, or the weights are damaged; try --dtype bfloat16 or float32")
+        numbers = token.masked_fill(bad, -1).tolist()                      # the one sync of a step
+        for row, t in zip(running, numbers, strict=True):
+            if t < 0 and row not in ended:
+                cache.truncate(0)                  # attention may have spread it to tokens before its origin
+                name = str(dtype).removeprefix("torch.")
+                better = "bfloat16 or float32" if name == "float16" else "float32"
+                raise InputError(f"the logits are NaN or infinite in {name}: " + (
+                    "the weights are damaged; try another copy of them" if name == "float32" else
+                    f"numbers overflow or the weights are damaged; try --dtype {better}"))
             last[row] = ends[0] if row in ended else t
         yield torch.tensor(last)
         ended |= {row for row in running if last[row] in ends}

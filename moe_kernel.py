@@ -34,10 +34,12 @@ def build(device: torch.device, source: Path = SOURCE) -> str:
 
     torch keeps it under TORCH_EXTENSIONS_DIR. Its name changes with sources, flags, torch and GPU.
     """
-    import fcntl  # not on Windows
-
     from torch.utils import cpp_extension  # slow to import, seldom needed
 
+    try:
+        import fcntl
+    except ImportError:
+        raise RuntimeError("it needs Python's module fcntl, which Windows lacks; WSL has it") from None
     if device.type not in ("cpu", "cuda"):
         raise RuntimeError("it runs on NVIDIA GPUs and CPUs only")
     flags = ["-O3"]

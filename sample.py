@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -23,19 +24,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import data
 from budget import peak_memory
 from checkpoint import newest_checkpoint
-from common import InputError, flag, parse_flags
+from common import InputError, auto_device, flag, parse_flags
 from data import JsonlDataset, TextStream, Tokenizer, collate, encode_conversation, load_image, turns
-from generate import KVCache
+from generate import KVCache, check_options
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 
 GREETING = """/image FILE [FILE ...] adds images to your next message, /clear starts over.
 Ctrl-C stops an answer; /exit, Ctrl-D or Ctrl-C at the prompt ends the chat."""
-LESS_MEMORY = ("--max_new_tokens, --max_tiles or --prefill_chunk, use fewer images, or choose --dtype "
-               "bfloat16")
+LESS_MEMORY = "--max_new_tokens, --max_tiles or --prefill_chunk, use fewer images, or choose --dtype bfloat16"
 
 
 @dataclass
@@ -43,9 +45,11 @@ class Flags:
     model: str | None = flag(None, "checkpoint folder (None: the newest below out/)")
     image: list[str] = flag([], "files for the question, or for the first message of the chat")
     prompt: str | None = flag(None, "the question; it may place the images with <image> marks (None: chat)")
+    system: str | None = flag(None, "system message, for conversations without one (None: the checkpoint's)")
+    draw: str | None = flag(None, "PNG file: the image of --prompt with the boxes that the answer names")
     input: str | None = flag(None, "a JSONL file of questions; needs --output")
-    output: str | None = flag(None, "JSONL file for the answers, in the order of the questions; if an "
-                              "interrupted run left one, the missing answers are added to it")
+    output: str | None = flag(None, "JSONL file for the answers, in the order of the questions; that of an "
+                              "interrupted run is continued, a pipe or device gets all answers at the end")
     image_root: str | None = flag(None, "folder of the images that --input names (None: that of --input)")
     batch_size: int = flag(8, "questions of --input answered at a time")
     stats: bool = flag(False, "print times, numbers of tokens and memory after each answer")
@@ -56,7 +60,8 @@ class Flags:
     repetition_penalty: float = flag(1.0, "above 1 makes tokens of the answer so far less likely")
     seed: int | None = flag(None, "makes sampling repeatable")
     max_tiles: int | None = flag(None, "most tiles of one image (None: the checkpoint's max_dynamic_patch)")
-    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto is cuda if there is one")
+    max_pixels: int = flag(data.MAX_PIXELS, "images with more pixels are refused")
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto is cuda, else mps, else cpu")
     dtype: str = flag("auto", "auto is float32 on a CPU, else bfloat16",
                       choices=["auto", "float32", "bfloat16", "float16"])
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
@@ -71,13 +76,13 @@ def explain_out_of_memory(advice: str):
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+        if not re.search("MemoryError|(allocate|out of) memory", repr(e)):
             raise
         raise InputError(f"out of memory; {advice}") from None
 
 
 def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
-    name = flags.device if flags.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = flags.device if flags.device != "auto" else auto_device()
     try:
         device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError):         # an unknown name, or a build of torch without this device
@@ -86,8 +91,7 @@ def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
     with explain_out_of_memory("choose --dtype bfloat16"):
         model = MonoInternVL.from_pretrained(folder, getattr(torch, dtype), device).eval()
     if len(tok) > model.config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {len(tok)} tokens, "
-                         f"the model {model.config.vocab_size}")
+        raise InputError(f"{folder}'s tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
     model.moe, model.cuda_graphs, model.compile_decode = flags.moe, flags.cuda_graphs, flags.compile
     return model
 
@@ -109,6 +113,14 @@ def add_image_marks(question: str, images: int) -> str:
     return "".join(f"Image-{i + 1}: <image>\n" for i in range(images)) + question
 
 
+def encode_prompt(tok: Tokenizer, config: MonoInternVLConfig, conversation, tiles: list[torch.Tensor],
+                  continued: bool = False) -> tuple[list[int], list[int]]:
+    """encode_conversation, with "?" for what has no UTF-8: half a surrogate pair, or invalid bytes."""
+    conversation = json.loads(json.dumps(conversation, ensure_ascii=False).encode(errors="replace"))
+    return encode_conversation(tok, conversation, [len(t) for t in tiles], config.tokens_per_tile,
+                               continued=continued)
+
+
 def memory_report(device: torch.device) -> str:
     name, peak = "peak GPU memory" if device.type == "cuda" else "peak memory", peak_memory(str(device))
     return f"{name} unknown" if peak is None else f"{name} {peak / 1e6:.0f} MB"
@@ -118,18 +130,21 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
                  flags: Flags, cache: KVCache) -> list[int]:
     """Prints the answer to a prompt while it is generated, and returns its tokens. Ctrl-C stops it. The
     special token that ends the answer is left out. Others, such as <ref> and <box>, are part of it."""
-    device, options = next(model.parameters()).device, generate_options(tok, flags)
+    device, options, cut = next(model.parameters()).device, generate_options(tok, flags), ""
     stream, answer, times = TextStream(tok, skip_special_tokens=False), [], [time.perf_counter()]
     with contextlib.suppress(KeyboardInterrupt), explain_out_of_memory(f"lower {LESS_MEMORY}"):
         for token in model.generate(
                 torch.tensor([input_ids], device=device), torch.cat(tiles).to(device) if tiles else None,
-                kv_cache=cache, **options):
+                kv_cache=cache, num_tokens=len(tok), **options):
             times.append(time.perf_counter())
             if int(token) in options["eos_token_id"]:
                 break
             answer.append(int(token))
             print(stream.push(token), end="", flush=True)
+        else:
+            cut = f"the answer was cut after {len(answer)} tokens, by --max_new_tokens or a full context\n"
     print(stream.flush(), flush=True)
+    print(cut, end="", file=sys.stderr)
     if flags.stats:
         visual = input_ids.count(model.config.img_context_token_id)
         seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
@@ -138,6 +153,24 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
               f"visual, {len(input_ids) - visual} text tokens, {cache.reused} of them read before; "
               f"{memory_report(device)}", file=sys.stderr)
     return answer
+
+
+def draw_boxes(picture: Image.Image, answer: str, output: str):
+    """Draws what an answer grounds, <ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>, onto the picture.
+    Coordinates are thousandths of its width and height."""
+    number = r"\s*(\d+(?:\.\d+)?)\s*"
+    boxes = [(ref, box) for ref, text in re.findall(r"(?:<ref>([^<]*)</ref>\s*)?<box>([^<]*)</box>", answer)
+             for box in re.findall(rf"\[{','.join([number] * 4)}\]", text)]
+    if not boxes:
+        print("the answer names no box, nothing is drawn", file=sys.stderr)
+        return
+    draw, size = ImageDraw.Draw(picture), max(picture.size)
+    for (ref, box), color in zip(boxes, itertools.cycle(["red", "lime", "cyan", "yellow"]), strict=False):
+        left, right = sorted(float(x) * picture.width / 1000 for x in box[::2])
+        top, bottom = sorted(float(y) * picture.height / 1000 for y in box[1::2])
+        draw.rectangle((left, top, right, bottom), outline=color, width=max(1, size // 300))
+        draw.text((left + 2, top), ref, color, font_size=max(10, size // 40))
+    picture.save(output, "PNG")
 
 
 # ---------------------------------------------------------------- the chat
@@ -163,12 +196,14 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
             elif command == "/clear":
                 ids, tiles, images = [], [], []
             elif command == "/image":
-                images = images + [load(path) for path in shlex.split(rest)]
+                # One name alone needs no quotes. A backslash before a letter is part of a Windows path.
+                quoted = re.sub(r"\\(?=[\w.\\])", r"\\\\", rest)
+                paths = [rest] if os.path.isfile(os.path.expanduser(rest)) else shlex.split(quoted)
+                images = images + [load(os.path.expanduser(path)) for path in paths]
                 print(f"{len(images)} image(s) join your next message", file=sys.stderr)
             elif line:
-                turn, _ = encode_conversation(
-                    tok, turns(add_image_marks(line, len(images))), [len(t) for t in images],
-                    model.config.tokens_per_tile, continued=bool(ids))
+                turn, _ = encode_prompt(tok, model.config, turns(add_image_marks(line, len(images))), images,
+                                        continued=bool(ids))
                 prompt = ids + turn
                 answer = print_answer(model, tok, prompt, tiles + images, flags, cache)
                 ids = prompt + answer + [tok.token_id("<|im_end|>")]
@@ -191,6 +226,7 @@ class Questions(JsonlDataset):
                                                      "repetition_penalty", "seed", "max_tiles", "dtype")
         written = (model / "config.json").stat().st_mtime_ns               # when the model was saved
         self.settings = [str(self.root), written, str(model), *(asdict(flags)[name] for name in names)]
+        self.settings += [] if flags.system is None else [flags.system]
 
     def key(self, i: int) -> int:
         """A checksum of question i and of the settings: of all that its answer depends on."""
@@ -203,13 +239,13 @@ class Questions(JsonlDataset):
             if not isinstance(line["question"], str):
                 raise InputError(f"question is {line['question']!r:.60}, expected text")
             conversation = turns(add_image_marks(line["question"], len(images)))
-        elif isinstance(conversation, list) and len(conversation) % 2 == 0:
+        elif isinstance(conversation, list) and any(
+                isinstance(turn, dict) and turn.get("from") == "gpt" for turn in conversation[-1:]):
             conversation = conversation[:-1]       # the last turn is the answer that we ask for
         elif conversation is None:
             raise InputError('it has neither "question" nor "conversations"')
         tiles = [self.load(image) for image in images]
-        ids, labels = encode_conversation(self.tok, conversation, [len(t) for t in tiles],
-                                          self.config.tokens_per_tile)
+        ids, labels = encode_prompt(self.tok, self.config, conversation, tiles)
         if len(ids) >= self.max_tokens:
             raise InputError(f"{len(ids)} tokens fill the context of {self.max_tokens}")
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "id": line.get("id"),
@@ -237,18 +273,35 @@ class Questions(JsonlDataset):
 
 
 def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict], flags: Flags,
-                 cache: KVCache) -> list[list[int]]:
-    """The tokens of each answer, without the one that ends it."""
+                 cache: KVCache) -> list[tuple[list[int], bool]]:
+    """The tokens of each answer without the one that ends it, and whether there was one."""
     batch = collate(samples, tok.pad_id, left=True)
-    del batch["labels"]
     device, options = next(model.parameters()).device, generate_options(tok, flags)
-    batch = {name: None if t is None else t.to(device) for name, t in batch.items()}
+    batch = {name: t.to(device) for name, t in batch.items() if t is not None and name != "labels"}
     if flags.seed is not None:                     # a seed for each row: as if each were asked alone
         options["seed"] = [flags.seed] * len(samples)
     with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
-        rows = torch.stack(list(model.generate(**batch, **options, kv_cache=cache)), 1).tolist()
-    ends = options["eos_token_id"]
-    return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+        tokens = list(model.generate(**batch, **options, kv_cache=cache, num_tokens=len(tok)))
+    ends = set(options["eos_token_id"])
+    return [(list(itertools.takewhile(lambda token: token not in ends, row)), not ends.isdisjoint(row))
+            for row in torch.stack(tokens, 1).tolist()]
+
+
+def open_in_place(output: Path) -> int | None:
+    """A file descriptor of a device, a pipe or our own stdout: they are written, never read or replaced. None
+    if --output is a regular file, or does not exist."""
+    if output.exists() and os.path.samestat(output.stat(), os.fstat(1)):
+        return os.dup(1)
+    if not output.exists() or output.is_file():
+        return None
+    fifo = output.is_fifo()                        # without O_NONBLOCK, opening it waits for a reader
+    try:
+        fd = os.open(output, os.O_WRONLY | (os.O_NONBLOCK if fifo else 0))
+    except OSError as e:
+        raise InputError(f"{output} cannot be written: {e.strerror}" + "; nobody reads it" * fifo) from None
+    if fifo:
+        os.set_blocking(fd, True)
+    return fd
 
 
 def read_answers(questions: Questions, output: Path) -> dict[int, bytes]:
@@ -256,10 +309,7 @@ def read_answers(questions: Questions, output: Path) -> dict[int, bytes]:
     the file holds anything else, but for half a record at the end: a killed run may leave one."""
     if not output.exists():
         return {}
-    try:
-        *records, rest = output.read_bytes().split(b"\n")
-    except OSError as e:
-        raise InputError(f"{output} is not readable: {e.strerror}") from None
+    *records, rest = output.read_bytes().split(b"\n")
     beginning = b'{"line": '
     if not rest.startswith(beginning) and not beginning.startswith(rest):
         raise InputError(f"{output} holds something else than answers; name another --output")
@@ -277,12 +327,15 @@ def read_answers(questions: Questions, output: Path) -> dict[int, bytes]:
     return answers
 
 
-def write_answers(output: Path, answers: dict[int, bytes]):
-    """Writes the records in the order of their lines. A new file replaces the old one when it is complete."""
-    temporary = output.with_name(output.name + ".tmp")
+def write_answers(output: Path, answers: dict[int, bytes], in_place: int | None = None):
+    """Writes the records in the order of their lines, to in_place if open_in_place gave one. Else a new file
+    replaces the old one (a link: the file that it leads to) when it is complete."""
+    target = os.path.realpath(output)
     try:
-        temporary.write_bytes(b"".join(answers[number] + b"\n" for number in sorted(answers)))
-        os.replace(temporary, output)
+        with open(target + ".tmp" if in_place is None else in_place, "wb") as file:
+            file.writelines(answers[number] + b"\n" for number in sorted(answers))
+        if in_place is None:
+            os.replace(target + ".tmp", target)
     except OSError as e:
         raise InputError(f"{output} cannot be written: {e.strerror}") from None
 
@@ -291,20 +344,25 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch
     """Answers --input. Each batch of answers is appended to --output as soon as it is there, and the file is
     sorted at the end. A run that is stopped loses one batch at most, and the same command continues it."""
     questions, output = Questions(flags, tok, model.config, load), Path(flags.output)
-    answers, cache = read_answers(questions, output), KVCache(model.config)
-    write_answers(output, answers)
+    in_place, cache, answers = open_in_place(output), KVCache(model.config), {}
+    if in_place is None:
+        answers = read_answers(questions, output)
+        write_answers(output, answers)
     todo = [i for i, number in enumerate(questions.line_numbers) if number not in answers]
     bar = tqdm(total=len(questions), initial=len(answers), unit="question")
     started, tokens = time.perf_counter(), 0
     try:
-        with open(output, "ab") as file:
+        with open(output if in_place is None else os.devnull, "ab") as file:
             for batch in questions.batches(todo, flags, bar):
-                for sample, ids in zip(batch, answer_batch(model, tok, batch, flags, cache), strict=True):
+                results = answer_batch(model, tok, batch, flags, cache)
+                for sample, (ids, finished) in zip(batch, results, strict=True):
                     number = questions.line_numbers[sample["index"]]
+                    # Half a surrogate pair has no UTF-8. backslashreplace writes it as JSON does: \ud800.
                     answers[number] = json.dumps(
                         {"line": number, "id": sample["id"], "question": sample["question"],
-                         "answer": tok.decode(ids, skip_special_tokens=False),
-                         "key": questions.key(sample["index"])}, ensure_ascii=False).encode()
+                         "answer": tok.decode(ids, skip_special_tokens=False), "finished": finished,
+                         "key": questions.key(sample["index"])},
+                        ensure_ascii=False).encode(errors="backslashreplace")
                     file.write(answers[number] + b"\n")
                     tokens += len(ids)
                 file.flush()
@@ -312,12 +370,14 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.1f} tokens/s")
     finally:
         bar.close()
-        write_answers(output, answers)
+        write_answers(output, answers, in_place)
         print(f"{output}: {len(answers)} of {len(questions)} questions answered, {questions.left_out} left "
               "out", file=sys.stderr)
     if flags.stats:
         print(f"{tokens / (time.perf_counter() - started):.1f} tokens/s; "
               f"{memory_report(next(model.parameters()).device)}", file=sys.stderr)
+    if not answers:
+        raise InputError(f"none of the {len(questions)} questions could be answered")
 
 
 # ---------------------------------------------------------------- main
@@ -328,15 +388,26 @@ def run(flags: Flags):
         print(f"model: {flags.model}, the newest below out/", file=sys.stderr)
     folder = Path(flags.model)
     config, tok = MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder)
+    if flags.system is not None:
+        tok.system_message = flags.system.encode(errors="replace").decode()
     max_tiles = config.max_dynamic_patch if flags.max_tiles is None else flags.max_tiles
     if (flags.input is None) != (flags.output is None) or flags.input and (flags.image or flags.prompt):
         raise InputError("--input and --output go together, without --image and --prompt")
-    if flags.batch_size < 1:
-        raise InputError(f"--batch_size is {flags.batch_size}, expected at least 1")
-    if max_tiles < 1:
-        raise InputError(f"--max_tiles is {max_tiles}, expected at least 1")
+    if flags.draw and (flags.prompt is None or len(flags.image) != 1):
+        raise InputError("--draw needs --prompt and one --image")
+    if flags.input and os.path.exists(flags.input) and not os.path.isfile(flags.input):
+        raise InputError(f"--input {flags.input} is no regular file; save the questions in one first")
+    written = [flags.draw, flags.output, f"{os.path.realpath(flags.output)}.tmp" if flags.output else None]
+    for path, source in itertools.product(filter(None, written), filter(None, [*flags.image, flags.input])):
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise InputError(f"{path} would overwrite {source}; name another --output or --draw")
+    check_options(1, **generate_options(tok, flags))
+    for name, value in {**vars(flags), "max_tiles": max_tiles}.items():
+        if name in ("batch_size", "max_tiles", "max_new_tokens", "max_pixels") and value < 1:
+            raise InputError(f"--{name} is {value}, expected at least 1")
     load = partial(load_image, max_tiles=max_tiles, image_size=config.image_size,
-                   use_thumbnail=config.use_thumbnail, min_tiles=min(max_tiles, config.min_dynamic_patch))
+                   use_thumbnail=config.use_thumbnail, min_tiles=min(max_tiles, config.min_dynamic_patch),
+                   max_pixels=flags.max_pixels)
     images = [load(path) for path in flags.image]  # before the weights: a wrong name shows at once
     model = load_model(folder, tok, flags)
     if flags.input is not None:
@@ -344,27 +415,29 @@ def run(flags: Flags):
     elif flags.prompt is None:
         chat(model, tok, images, load, flags)
     else:
-        ids, _ = encode_conversation(tok, turns(add_image_marks(flags.prompt, len(images))),
-                                     [len(t) for t in images], config.tokens_per_tile)
-        print_answer(model, tok, ids, images, flags, KVCache(config))
+        ids, _ = encode_prompt(tok, config, turns(add_image_marks(flags.prompt, len(images))), images)
+        answer = print_answer(model, tok, ids, images, flags, KVCache(config))
+        if flags.draw:
+            picture = data.open_image(flags.image[0], flags.max_pixels)
+            draw_boxes(picture, tok.decode(answer, skip_special_tokens=False), flags.draw)
 
 
 def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(Flags, argv, __doc__.split("\n")[0])
     try:
         run(flags)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:                        # the program that read our stdout has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (InputError, OSError) as e:             # OSError: a full disk, a folder that is missing
+        print(f"error: {e}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")       # also where a pipe's default is another encoding
-    sys.stdin.reconfigure(errors="replace")
+    sys.stdin.reconfigure(errors="surrogateescape")            # for file names after /image
     sys.exit(main())

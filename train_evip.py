@@ -41,7 +41,16 @@ import budget
 import checkpoint
 import common
 from common import InputError, flag, full_tensor, parse_flags, rank, read_json, say, world_size
-from data import Batches, Tokenizer, batch_as_text, count_tokens, load_meta, sample_numbers, too_many_bad
+from data import (
+    MAX_PIXELS,
+    Batches,
+    Tokenizer,
+    batch_as_text,
+    count_tokens,
+    load_meta,
+    sample_numbers,
+    too_many_bad,
+)
 from evaluate import delta_verdict, plot_loss, plot_predictions, print_table, world_accuracy
 from icons import Icons
 from mono_internvl import MonoInternVL, MonoInternVLConfig
@@ -151,15 +160,16 @@ class Flags:
     weight_decay: float = flag(0.01, "AdamW's, on matrices")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     max_tokens: int | None = flag(None, "longest sample (default: as in the table, or the model's context)")
+    max_pixels: int = flag(MAX_PIXELS, "images with more pixels are refused")
     max_bad: float = flag(0.01, "fraction of the samples that may be unreadable before training stops")
     seed: int = flag(0, "of weights, samples and their order")
-    device: str = flag("auto", "cpu, cuda, ...; auto is cuda if there is one")
+    device: str = flag("auto", "cpu, cuda, ...; auto is cuda, else mps, else cpu")
     dtype: str = flag("auto", "of the forward pass and of frozen weights; auto: bfloat16 if the GPU has it",
                       choices=["auto", "float32", "bfloat16"])
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
     parallel: str = flag("auto", "ddp copies the model to each process, fsdp shards it; auto: big models",
                          choices=["auto", "ddp", "fsdp"])
-    recompute: str = flag("auto", "run layers twice instead of keeping their results; auto: of big models",
+    recompute: str = flag("auto", "run layers twice instead of keeping their results; auto: if memory lacks",
                           choices=["auto", "on", "off"])
     compile: bool = flag(False, "torch.compile the layers")
     resume: str = flag("auto", "auto continues an interrupted run, never starts from the beginning",
@@ -187,8 +197,15 @@ def is_sharded(model: MonoInternVL, flags: Flags, processes: int) -> bool:
     return processes > 1 and (flags.parallel == "fsdp" or flags.parallel == "auto" and is_big(model))
 
 
-def recomputes(model: MonoInternVL, flags: Flags) -> bool:
-    return flags.recompute == "on" or flags.recompute == "auto" and is_big(model)
+def recomputes(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> bool:
+    """Whether layers run twice instead of keeping their results. auto: if a GPU's memory is too small to keep
+    them; on a CPU, for big models [ours]."""
+    if flags.recompute != "auto":
+        return flags.recompute == "on"
+    if not flags.device.startswith("cuda"):
+        return is_big(model)
+    needed = memory_plan(model, stage, replace(flags, recompute="off"), processes)
+    return sum(needed.values()) > 0.9 * budget.gpu_memory(flags.device)
 
 
 def batch_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> tuple[int, int]:
@@ -223,7 +240,7 @@ def select_trainable(model: MonoInternVL, stage: Stage):
         p.grad = None
 
 
-def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
+def distribute(model: MonoInternVL, stage: Stage, flags: Flags) -> torch.nn.Module:
     """Moves the model to its device and dtype, wraps it in DDP or FSDP, and returns the module to call.
 
     What trains is held in float32, what is frozen in the dtype of the forward pass. DDP: each process holds
@@ -234,7 +251,7 @@ def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
         p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
     device, layers = torch.device(flags.device), model.language_model.model.layers
     model.moe = flags.moe
-    model.language_model.recompute = recomputes(model, flags)
+    model.language_model.recompute = recomputes(model, stage, flags, world_size())
     if flags.compile:
         for layer in layers:
             layer.compile(dynamic=True)
@@ -482,7 +499,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     batch_size, accum = batch_plan(model, stage, flags, world_size())
     steps = stage.steps if flags.steps is None else flags.steps
     select_trainable(model, stage)
-    forward = distribute(model, flags)
+    forward = distribute(model, stage, flags)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, flags)
     batches = Batches(dataset, batch_size, tok.pad_id, seed=flags.seed, rank=rank(), world_size=world_size(),
@@ -604,7 +621,7 @@ def memory_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int)
         shapes_of(model), trainable_names(model, stage), model.config, rows=rows, max_tiles=stage.max_tiles,
         tokens=token_limit(model.config, stage, flags), itemsize=getattr(torch, flags.dtype).itemsize,
         sharded_over=processes if is_sharded(model, flags, processes) else 1, accumulated=accum > 1,
-        recompute=recomputes(model, flags))
+        recompute=recomputes(model, stage, flags, processes))
 
 
 def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, processes: int):
@@ -632,6 +649,7 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
             flop = budget.sample_flop(shapes, trained, config, longest, stage.max_tiles)
             budget.print_plan(stage.name, sum(math.prod(shapes[name]) for name in trained),
                               memory_plan(model, stage, flags, processes),
+                              recomputes(model, stage, flags, processes),
                               (flags.steps or stage.steps) * stage.batch * flop / speed)
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
@@ -660,18 +678,19 @@ def check_flags(flags: Flags) -> list[Stage]:
     if not flags.data and flags.preset != "tiny" and not flags.dry_run:
         raise InputError(f"--preset {flags.preset} learns from your own data: name it with --data")
     for name in ("batch_size", "grad_accum", "pool", "steps", "max_tokens", "save_every", "keep",
-                 "eval_questions"):
+                 "max_pixels", "eval_questions"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise InputError(f"--{name} is {getattr(flags, name)}, out of range")
-    if not 0 <= flags.max_bad <= 1 or flags.workers < 0:
-        raise InputError(f"--max_bad is {flags.max_bad}, --workers {flags.workers}: out of range")
+    if not 0 <= flags.max_bad <= 1 or flags.workers < 0 or not 0 <= flags.seed < 2 ** 63:
+        raise InputError(f"--max_bad is {flags.max_bad}, --workers {flags.workers}, --seed {flags.seed}: one "
+                         "is out of range")
     return stages
 
 
 def choose_device(flags: Flags):
     """Replaces auto. torchrun numbers the processes of a machine, and each takes its GPU."""
     if flags.device == "auto":
-        flags.device = "cuda" if torch.cuda.is_available() else "cpu"
+        flags.device = common.auto_device()
     if flags.device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
@@ -690,7 +709,8 @@ def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: F
     if flags.preset == "icons":
         return Icons(flags.data, stage.name, tok, config, stage.max_tiles, flags.seed), stage
     limit = token_limit(config, stage, flags)
-    dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed, stage.name)
+    dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed, flags.max_pixels,
+                        stage.name)
     if stage.trainable.startswith("visual") and not dataset.has_images:
         raise InputError(f"{stage.name} learns to see, but no sample of {flags.data} has an image; for "
                          "text alone, choose --stages S2")
