@@ -659,9 +659,6 @@ def sample_files(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, s
             yield member, name[1], name[2]
 
 
-STAGE_NAMES = "S1.1", "S1.2", "S1.3", "S2"
-
-
 def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = None,
               max_tokens: int | None = None, seed: int = 0, max_pixels: int = MAX_PIXELS,
               stage: str | None = None) -> ConcatDataset:
@@ -686,9 +683,9 @@ def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = 
         for field in ("data_augment", "augment"):
             if type(entry.get(field, False)) is not bool:
                 raise InputError(f"{here}: {field} is {entry[field]!r:.60}, expected true or false")
-        stages = entry.get("stages", list(STAGE_NAMES))
-        if not isinstance(stages, list) or not stages or any(s not in STAGE_NAMES for s in stages):
-            raise InputError(f"{here}: stages is {stages!r:.60}, expected a list of {', '.join(STAGE_NAMES)}")
+        stages = entry.get("stages", [stage])
+        if not isinstance(stages, list) or "stages" in entry and {*map(type, stages)} != {str}:
+            raise InputError(f'{here}: stages is {stages!r:.60}, expected a list such as ["S1.1", "S1.2"]')
         if stage is not None and stage not in stages:
             continue
         options = (tok, config, entry.get("repeat_time", 1), entry.get("max_dynamic_patch", max_tiles),
