@@ -3439,7 +3439,7 @@ def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_i
         icon_folder, tmp_path):
     llm, out = icon_folder / "llm", tmp_path / "out"
     flags = ["--preset=icons", f"--data={icon_folder}", f"--init_from={llm}", f"--out={out}", "--steps=2",
-             "--batch_size=4", "--grad_accum=1", "--device=cpu", "--peak_tflops=1"]
+             "--batch_size=4", "--grad_accum=1", "--device=cpu", "--dtype=float32", "--peak_tflops=1"]
     assert train_evip.main(flags) == 0
     report = json.loads((out / "results.json").read_text())
     ids = torch.tensor([Tokenizer(llm).encode("What is a cat?")])
@@ -3476,14 +3476,26 @@ def test_datasets_of_a_meta_json_are_used_in_their_stages_and_vary_if_they_are_t
     assert all(map(torch.equal, once, again)) and len(means) == 8
     assert not any(torch.equal(a, b) for a, b in itertools.product(once, [plain, *other]))
     assert torch.equal(load_meta(meta, TOK, SMALL, 1)[0]["pixel_values"], plain)
-    for field, value, message in (("stages", "S2", "stages is 'S2', expected a list"), ("stages", [], "a list"),
-                                  ("stages", [1], "a list"), ("augment", 1, "augment is 1, expected true")):
+    for field, value, message in (("stages", "S2", "stages is 'S2', expected a list"),
+                                  ("stages", [], "expected a list"), ("stages", [1], "expected a list"),
+                                  ("augment", 1, "augment is 1, expected true")):
         meta.write_text(json.dumps({"a": entry | {field: value}}))
         with pytest.raises(InputError, match=message):
             load_meta(meta, TOK, SMALL)
     meta.write_text(json.dumps({"a": entry | {"stages": ["S2"]}}))
     with pytest.raises(InputError, match="no dataset is for S1.1; add it"):
         load_meta(meta, TOK, SMALL, stage="S1.1")
+
+
+@pytest.mark.parametrize("preset, gain, chosen", [("icons", 4.0, "bfloat16"), ("icons", 1.9, "float32"),
+                                                  ("tiny", 4.0, "float32")])
+def test_a_cpu_trains_in_bfloat16_if_its_products_are_twice_as_fast_and_the_model_is_not_tiny(
+        monkeypatch, capsys, preset, gain, chosen):
+    monkeypatch.setattr(budget, "measured_peak", lambda device, dtype: gain if dtype == "bfloat16" else 1.0)
+    flags = train_evip.Flags(preset=preset, device="cpu")
+    train_evip.choose_device(flags)
+    assert flags.dtype == chosen
+    assert (f"--dtype {chosen}" in capsys.readouterr().out) == (preset != "tiny")
 
 
 def damage(path: Path, content: bytes | None) -> None:
