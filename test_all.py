@@ -3197,7 +3197,6 @@ SMOL_TEMPLATE = (
     "{{ '<|im_start|>system\nYou are Smol.<|im_end|>\n' }}{% endif %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-STAGES = "S1.1", "S1.2", "S1.3", "S2"
 SMOL_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # In each group, one name is held out: its checksum is a multiple of 20.
 ICON_NAMES = {3: ("red fox", "owl", "cat", "goat"), 4: ("green apple", "pear", "hot dog", "spoon"),
@@ -3403,7 +3402,7 @@ def test_held_out_things_and_the_test_hand_are_never_trained_on_and_each_picture
         assert (icon_folder / picture["file"]).is_file()
     pictures = splits["train"]
     signs = range(len(index["pictures"]), len(index["pictures"]) + len(pictures.words))
-    for stage, i in itertools.product(STAGES, range(60)):
+    for stage, i in itertools.product(STAGES[1:], range(60)):
         rng = random.Random(i)
         conversation, scene, _ = icons.icon_conversation(pictures, [["a", "b"]], stage, rng, 48, 2)
         said = " ".join(turn["value"] for turn in conversation)
@@ -3467,7 +3466,7 @@ def test_datasets_of_a_meta_json_are_used_in_their_stages_and_vary_if_they_are_t
     meta.write_text(json.dumps({"noisy": entry | {"stages": ["S1.1"]}, "all": entry | {"augment": True},
                                 "late": entry | {"stages": ["S1.3", "S2"]}}))
     used = {stage: [d.task for d in load_meta(meta, TOK, SMALL, stage=stage).datasets]
-            for stage in (None, *STAGES)}
+            for stage in (None, *STAGES[1:])}
     assert used == {None: ["noisy", "all", "late"], "S1.1": ["noisy", "all"], "S1.2": ["all"],
                     "S1.3": ["all", "late"], "S2": ["all", "late"]}
     once, again, other = ([load_meta(meta, TOK, SMALL, 1, seed=seed)[8 + i]["pixel_values"] for i in range(8)]
