@@ -3435,7 +3435,9 @@ def test_a_thing_is_drawn_within_its_box_and_nowhere_else(icon_folder, seed):
 
 
 def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_is_bitwise_the_same_after_s1(
-        icon_folder, tmp_path):
+        icon_folder, tmp_path, capsys):
+    assert train_evip.main(["--preset=icons", "--dry_run"]) == 1
+    assert "`python icons.py` has prepared: --data icons" in capsys.readouterr().err
     llm, out = icon_folder / "llm", tmp_path / "out"
     flags = ["--preset=icons", f"--data={icon_folder}", f"--init_from={llm}", f"--out={out}", "--steps=2",
              "--batch_size=4", "--grad_accum=1", "--device=cpu", "--dtype=float32", "--peak_tflops=1"]

@@ -675,6 +675,9 @@ def check_flags(flags: Flags) -> list[Stage]:
     stages = [s for s in recipe if s.name in (flags.stages or names)]
     if flags.data and stages[0].name == "S0":
         raise InputError("S0 makes the embedded world's own language model; with --data, name other --stages")
+    if flags.preset == "icons" and (not flags.data or flags.dry_run and not flags.init_from):
+        raise InputError("--preset icons learns from what `python icons.py` has prepared: --data icons "
+                         "--init_from icons/llm")
     if not flags.data and flags.preset != "tiny" and not flags.dry_run:
         raise InputError(f"--preset {flags.preset} learns from your own data: name it with --data")
     for name in ("batch_size", "grad_accum", "pool", "steps", "max_tokens", "save_every", "keep",
