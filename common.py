@@ -79,7 +79,7 @@ def parse_flags(flags: type, argv: Sequence[str] | None = None, description: str
             options["default"] = argparse.SUPPRESS  # else it would be extended; the dataclass fills it in
         else:                                                              # int, or int | None
             options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
-        parser.add_argument("--" + f.name, **options)
+        parser.add_argument("--" + f.name.rstrip("_"), dest=f.name, **options)   # as_ is --as
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
