@@ -188,7 +188,7 @@ def find_things(packages: Path) -> tuple[dict, dict]:
         if group is None or is_flag and name == emoji["label"]:            # a black flag is no country's
             continue
         things[code] = {"name": f"flag of {name}" if is_flag else name, "group": group,
-                        "kind": KINDS[groups["subgroups"][str(emoji["subgroup"])]],
+                        "kind": KINDS.get(groups["subgroups"][str(emoji["subgroup"])], group),
                         "tags": [tag for tag in emoji.get("tags", []) if tag != name and len(tag) > 2],
                         "others": []}
         for form in ("flag-for-{}", "flag-{}", "{}-flag") if is_flag else ("{}",):
@@ -346,11 +346,11 @@ class Pictures:
             held_out = self.things[picture["thing"]]["held_out"]
             if split == ("unseen" if held_out else "test" if picture["hand"] == TEST_HAND else "train"):
                 self.drawings[picture["thing"]].append(source)
-        self.by_group = {group: [thing for thing in self.drawings if self.things[thing]["group"] == group]
-                         for group in GROUPS.values()}
-        self.by_group = {group: things for group, things in self.by_group.items() if things}
+        self.by_group = defaultdict(list)
+        for thing in self.drawings:
+            self.by_group[self.things[thing]["group"]].append(thing)
         # Words to read are those of the names; the fonts come with matplotlib.
-        names = " ".join(thing["name"].lower() for thing in self.things)
+        names = " ".join(thing["name"].lower() for thing in self.things if not thing["held_out"])
         words = set(re.findall(r"\b[a-z]{3,8}\b", names))
         fonts = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf"))
         self.words = [(word, font) for word in sorted(words) for font in fonts if "Display" not in font.name]

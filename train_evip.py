@@ -148,7 +148,7 @@ class Flags:
     stages: list[str] = flag([], "stages to run, e.g. S1.3 S2 (default: all)")
     out: str | None = flag(None, "folder of the run (default: out/RECIPE or out/RECIPE-PRESET)")
     init_from: str | None = flag(None, "folder to start from: a Mono-InternVL, InternLM2 or Llama layout")
-    data: str | None = flag(None, "meta.json of your own data (default: the embedded world)")
+    data: str | None = flag(None, "meta.json of your own data, or for icons its folder (default: the world)")
     batch_size: int | None = flag(None, "samples per forward pass and process (default: 16, big models 4)")
     grad_accum: int | None = flag(None, "forward passes per step (default: what makes the table's batch)")
     pack: bool = flag(False, "pack samples into rows of max_tokens; batches then count rows")
