@@ -491,6 +491,9 @@ class Icons(Dataset):
         self.pictures, self.stage, self.tok, self.config = Pictures(folder), stage, tok, config
         self.max_tiles, self.seed = max_tiles, seed
         self.chats = read_json(Path(folder) / "chats.json")["chats"] if stage == "S2" else []
+        if stage == "S2" and not self.chats:
+            raise InputError(f"{folder}/chats.json has no answers of the language model; prepare again with "
+                             "more --chats")
 
     def describe(self, i: int):
         rng, c = random.Random(f"{self.seed}/{self.stage}/{i}"), self.config

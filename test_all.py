@@ -3826,6 +3826,9 @@ def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_i
             assert [*event["tasks"]] == ["alt text" if event["stage"] == "S1.1" else "caption"]
     dataset = icons.Icons(icon_folder, "S2", tok, model.config, 2)
     assert_same(dataset[5], dataset[5])            # the same whenever it is asked for
+    (icon_folder / "chats.json").write_text('{"chats": []}')
+    with pytest.raises(InputError, match="more --chats"):
+        icons.Icons(icon_folder, "S2", tok, model.config)
     tasks = {dataset[i]["task"] for i in range(60)}
     assert tasks == {"questions", "text", "reading", "scene"}
 
