@@ -273,7 +273,8 @@ def read_llm_tensors(folder: str | Path, c, vocab_size: int, dtype: torch.dtype 
 
 # ---------------------------------------------------------------- a model with its tokenizer
 
-TOKENIZER_FILES = "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "added_tokens.json", "tokenizer_config.json",
+                   "special_tokens_map.json")
 IMAGE_TOKENS = ("<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>",
                 "<ref>", "</ref>", "<box>", "</box>")
 

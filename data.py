@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 import torch
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, PngImagePlugin
 from sentencepiece import SentencePieceProcessor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -58,47 +59,96 @@ def unreadable(file: str | Path, error: str) -> InputError:
 # ---------------------------------------------------------------- tokenizer
 
 class Tokenizer:
-    """The InternLM2 tokenizer [repo]: sentencepiece BPE with byte fallback, between special tokens.
+    """Text <-> ids. Reads tokenizer.model, sentencepiece BPE with byte fallback between special tokens, as
+    InternLM2 has it [repo]; or, where that is missing, tokenizer.json, byte-level BPE as in GPT-2.
 
-    Reads a folder in the official layout: tokenizer.model, and the added tokens of added_tokens.json or of
-    tokenizer_config.json's added_tokens_decoder. len(tok) is the size of the vocabulary with added tokens,
-    special_tokens maps text to id. Raises InputError if a file is missing or damaged.
+    Further tokens come from added_tokens.json or from tokenizer_config.json's added_tokens_decoder. len(tok)
+    is the size of the vocabulary with added tokens, special_tokens maps text to id. Where the folder has no
+    tokenizer.model, its chat_template decides whether <s> begins a conversation, what stands after <|im_end|>
+    and which system message is the default. Raises InputError if a file is missing or damaged.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        if not (self.folder / "tokenizer.model").is_file():
-            found = "no tokenizer.model; it belongs beside the weights"
-            if (self.folder / "tokenizer.json").is_file():
-                found = ("a tokenizer.json only; what is read here is sentencepiece's tokenizer.model, as "
-                         "InternLM2, Llama 2 and TinyLlama have it")
-            raise InputError(f"{self.folder} has {found}")
+        self.folder, self.sp, self.library = Path(folder), None, None
+        added, config = ({} if not (self.folder / name).exists() else read_json(self.folder / name)
+                         for name in ("added_tokens.json", "tokenizer_config.json"))
+        decoder = config.get("added_tokens_decoder", {})
+        if (self.folder / "tokenizer.model").is_file():
+            self.read_sentencepiece(self.folder / "tokenizer.model")
+        elif (self.folder / "tokenizer.json").is_file():
+            self.read_tokenizer_json(self.folder / "tokenizer.json", config)
+            decoder = {}                           # the same tokens as in tokenizer.json
+        else:
+            raise InputError(f"{self.folder} has no tokenizer.model and no tokenizer.json; one of them "
+                             "belongs beside the weights")
         try:
-            self.sp = sp = SentencePieceProcessor(model_file=str(self.folder / "tokenizer.model"))
+            known = set(self.bytes)
+            more = {token: int(i) for token, i in added.items()}
+            more |= {token["content"]: int(i) for i, token in decoder.items()}
+            if self.library:                       # it finds its own added tokens in a text by itself
+                more = {token: i for token, i in more.items() if i not in known}
+            self.special_tokens |= more
+            self.bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            raise InputError(f"{self.folder}: added_tokens.json or the added_tokens_decoder of "
+                             "tokenizer_config.json does not map tokens to ids") from None
+        # Longest first: the pattern takes the first alternative that fits, and one may begin another. "(?!)"
+        # fits nowhere.
+        longest_first = sorted(more if self.library else self.special_tokens, key=len, reverse=True)
+        self.special_pattern = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+        self.system_message = config.get("system_message", self.system_message)  # the field is [ours]
+
+    def read_sentencepiece(self, path: Path):
+        try:
+            self.sp = sp = SentencePieceProcessor(model_file=str(path))
             pieces = [sp.id_to_piece(i) for i in range(len(sp))]
             # The UTF-8 bytes of each id. A piece such as "<0xE4>" may be a part of a character, so decoding
             # first joins the bytes and then makes text of them.
             self.bytes = {i: bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("▁", " ").encode()
                           for i, p in enumerate(pieces)}
         except (RuntimeError, OSError, ValueError) as e:
-            raise unreadable(self.folder / "tokenizer.model", f"is not a sentencepiece model: {e}") from None
-        added, config = ({} if not (self.folder / name).exists() else read_json(self.folder / name)
-                         for name in ("added_tokens.json", "tokenizer_config.json"))
+            raise unreadable(path, f"is not a sentencepiece model: {e}") from None
         self.special_tokens = {p: i for i, p in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
-        try:
-            self.special_tokens |= {token: int(i) for token, i in added.items()}
-            decoder = config.get("added_tokens_decoder", {})
-            self.special_tokens |= {token["content"]: int(i) for i, token in decoder.items()}
-            self.bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-            raise InputError(f"{self.folder}: added_tokens.json or the added_tokens_decoder of "
-                             "tokenizer_config.json does not map tokens to ids") from None
-        # Longest first: the pattern takes the first alternative that fits, and one may begin another.
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        self.special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.bos_id, self.eos_id = sp.bos_id(), sp.eos_id()
         self.pad_id = self.eos_id if sp.pad_id() < 0 else sp.pad_id()
-        self.system_message = config.get("system_message", SYSTEM_MESSAGE)       # the field is [ours]
+        self.first_ids, self.after_turn, self.system_message = [self.bos_id], "", SYSTEM_MESSAGE
+
+    def read_tokenizer_json(self, path: Path, config: dict):
+        """config: tokenizer_config.json. It names the tokens of begin, end and padding."""
+        content = read_json(path)
+        try:
+            self.library = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self.library.no_truncation()
+            self.library.no_padding()
+            own = self.library.get_added_tokens_decoder()
+            # In byte-level BPE, each character of a piece stands for a byte: itself if it can be seen.
+            seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+            unseen = sorted(set(range(256)) - set(seen))
+            byte = {chr(b): b for b in seen} | {chr(256 + n): b for n, b in enumerate(unseen)}
+            self.bytes = {i: bytes(byte[character] for character in piece)
+                          for piece, i in self.library.get_vocab(with_added_tokens=False).items()
+                          if i not in own}
+        except KeyError:
+            raise InputError(f"{path} is not byte-level BPE; of other models, name a folder with the "
+                             "sentencepiece file tokenizer.model") from None
+        except Exception as e:                     # the library has no class for its errors
+            raise InputError(f"{path} is not a tokenizer: {str(e) or 'no vocabulary':.200}") from None
+        self.bytes |= {i: token.content.encode() for i, token in own.items()}
+        self.special_tokens = {token.content: i for i, token in own.items() if token.special}
+
+        def token_id(kind, default):
+            token = config.get(kind)
+            token = token.get("content") if isinstance(token, dict) else token
+            return self.special_tokens.get(token, default)
+
+        self.eos_id = token_id("eos_token", self.special_tokens.get("<|im_end|>", 0))
+        self.bos_id, self.pad_id = token_id("bos_token", self.eos_id), token_id("pad_token", self.eos_id)
+        # The template is a Jinja program. In it, "\n" is a line end, or a backslash and an n.
+        template = str(config.get("chat_template", ""))
+        self.first_ids = [self.bos_id] if "bos_token" in template else []
+        self.after_turn = "\n" if re.search(r"<\|im_end\|>(['\"]\s*\+\s*['\"])?(\n|\\n)", template) else ""
+        system = re.search(r"<\|im_start\|>system(?:\n|\\n)([^{}<>|]*?)<\|im_end\|>", template)
+        self.system_message = system[1].replace("\\n", "\n") if system else ""
 
     def __len__(self) -> int:
         return max(self.bytes) + 1
@@ -110,12 +160,17 @@ class Tokenizer:
         return self.special_tokens[token]
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Text -> ids, with <s> in front if bos. Raises InputError if the text has no UTF-8."""
+        """Text -> ids, if bos with <s> in front, where the model has one. Raises InputError if the text has
+        no UTF-8."""
         if re.search("[\ud800-\udfff]", text):
             raise InputError(f"the text {text[:40]!r} is not valid Unicode (a lone surrogate)")
-        ids = [self.bos_id] if bos else []
-        for part in self.special_pattern.split(text):
-            ids += [self.special_tokens[part]] if part in self.special_tokens else self.sp.encode(part)
+        ids = list(self.first_ids) if bos else []
+        for i, part in enumerate(self.special_pattern.split(text)):
+            if i % 2:
+                ids.append(self.special_tokens[part])
+            else:
+                ids += self.sp.encode(part) if self.sp else self.library.encode(
+                    part, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -158,15 +213,20 @@ def turns(*texts: str) -> list[dict]:
     return [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
 
 
-def chat_parts(conversation: Sequence[dict], system: str) -> Iterator[tuple[str, str]]:
+def chat_parts(conversation: Sequence[dict], system: str, after_turn: str = "",
+               continued: bool = False) -> Iterator[tuple[str, str]]:
     """The internlm2-chat template [repo] in parts (role, text). The model learns the parts of role "gpt". A
-    first turn from "system" replaces `system` [ours: as InternVL does it later]."""
+    first turn from "system" replaces `system` [ours: as InternVL does it later]. after_turn: what other
+    models have between <|im_end|> and the next turn. continued: turns came before, so `system` is left out.
+    """
     first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
     own = isinstance(first, dict) and first.get("from") == "system"
     if first is None or len(conversation) == own:
         raise InputError(f"the conversation is {conversation!r:.60}, expected a list of turns")
-    if system and not own:
+    before = after_turn if continued else ""
+    if system and not own and not continued:
         yield "system", f"<|im_start|>system\n{system}<|im_end|>"
+        before = after_turn
     for number, turn in enumerate(conversation, 1):
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         expected = "system" if own and number == 1 else "human" if (number + own) % 2 else "gpt"
@@ -179,13 +239,16 @@ def chat_parts(conversation: Sequence[dict], system: str) -> Iterator[tuple[str,
             if token in text:
                 raise InputError(f"turn {number} of the conversation holds the control token {token}; "
                                  "write <image> where an image belongs")
-        if role == "system" and text:
+        if role == "system":
+            if not text:
+                continue
             yield role, f"<|im_start|>system\n{text}<|im_end|>"
         elif role == "human":
-            yield role, f"<|im_start|>user\n{text.strip()}<|im_end|>"
-            yield "prompt", "<|im_start|>assistant\n"
+            yield role, f"{before}<|im_start|>user\n{text.strip()}<|im_end|>"
+            yield "prompt", f"{after_turn}<|im_start|>assistant\n"
         elif role == "gpt":
             yield role, f"{text.strip()}<|im_end|>"
+        before = after_turn
 
 
 def chat_prompt(conversation: Sequence[dict], system: str = SYSTEM_MESSAGE) -> str:
@@ -196,20 +259,23 @@ def chat_prompt(conversation: Sequence[dict], system: str = SYSTEM_MESSAGE) -> s
 
 
 def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_image: Sequence[int] = (),
-                        tokens_per_tile: int = 256, system: str | None = None) -> tuple[list[int], list[int]]:
+                        tokens_per_tile: int = 256, system: str | None = None,
+                        continued: bool = False) -> tuple[list[int], list[int]]:
     """A conversation -> (input_ids, labels), two lists of one length. input_ids: <s> and chat_prompt. Each
     <image> of a human turn becomes <img>, tiles · tokens_per_tile times <IMG_CONTEXT>, </img>. labels: the
     ids of the answers and their <|im_end|>, else -100; all -100 if the last turn is the human's. system None
-    takes tok.system_message.
+    takes tok.system_message. continued: turns came before these, so there is no <s> and no system message.
 
     Parts are encoded one by one, so labels are exact, and a prompt for generation is a prefix of the ids in
     training. Raises InputError like chat_prompt, and if there are not as many <image> marks as images.
     """
-    parts = list(chat_parts(conversation, tok.system_message if system is None else system))
+    system = tok.system_message if system is None else system
+    parts = list(chat_parts(conversation, system, tok.after_turn, continued))
     marks = sum(text.count("<image>") for role, text in parts if role == "human")
     if marks != len(tiles_per_image):
         raise InputError(f"the conversation has {marks} <image> marks for {len(tiles_per_image)} images")
-    tile_counts, input_ids, labels = iter(tiles_per_image), [tok.bos_id], [IGNORED]
+    tile_counts, input_ids = iter(tiles_per_image), [] if continued else list(tok.first_ids)
+    labels = [IGNORED] * len(input_ids)
     for role, text in parts:
         ids = []
         for i, piece in enumerate(text.split("<image>") if role == "human" else [text]):
@@ -324,6 +390,27 @@ def load_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use
     return (pixels - mean) / std
 
 
+def paste(canvas: Image.Image, image: Image.Image, left: int, top: int, width: int, height: int,
+          angle: float) -> None:
+    """Draws an image, turned by an angle in degrees and resized, onto an RGB canvas."""
+    image = image.convert("RGBA").rotate(angle, Image.Resampling.BICUBIC)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    canvas.paste(image, (left, top), mask=image)
+
+
+def change_lightly(image: ImageFile, rng: random.Random, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An RGB image of the same size: the image at 75 to 100 % of its size, turned by up to 12°, anywhere on a
+    ground of any color, and up to 20 % darker or brighter [ours]. Raises InputError like open_image."""
+    has_ground = not (isinstance(image, Image.Image) and image.mode == "RGBA")
+    opened = open_image(image, max_pixels) if has_ground else image
+    canvas = Image.new("RGB", opened.size, tuple(rng.randrange(256) for _ in range(3)))
+    scale = rng.uniform(0.75, 1)
+    width, height = (max(1, round(side * scale)) for side in opened.size)
+    left, top = rng.randint(0, opened.width - width), rng.randint(0, opened.height - height)
+    paste(canvas, opened, left, top, width, height, rng.uniform(-12, 12))
+    return ImageEnhance.Brightness(canvas).enhance(rng.uniform(0.8, 1.2))
+
+
 # ---------------------------------------------------------------- training samples from files
 
 # Fields like images, image_path, input_image_2, video or pixel_values, but not image_id or image_width.
@@ -342,9 +429,10 @@ class JsonlDataset(Dataset):
     repeat_time 2.5 gives every sample twice and a random half of them, by seed, once more [ours: the official
     code takes the first part of the file, and no fractions above 1]. The images of a sample share max_tiles
     [repo]. A sample of more than max_tokens (default: the model's context) is an error, nothing is cut. With
-    augment, its tiles go through JPEG as in load_image; (seed, index) decide the quality. A bad sample raises
-    InputError when it is asked for, with its file and line number. A sample without "id" has these as its id.
-    `has_images` tells whether any line names an image.
+    augment, its tiles go through JPEG as in load_image; with vary, its images through change_lightly. (seed,
+    index) decide how, so repeat_time 10 gives ten variants of a picture. A bad sample raises InputError when
+    it is asked for, with its file and line number. A sample without "id" has these as its id. `has_images`
+    tells whether any line names an image.
     """
 
     BLOCK_SIZE = 1 << 20                           # bytes
@@ -352,12 +440,14 @@ class JsonlDataset(Dataset):
 
     def __init__(self, annotation: str | Path, root: str | Path, tok: Tokenizer, config,
                  repeat_time: float = 1, max_tiles: int | None = None, max_tokens: int | None = None,
-                 seed: int = 0, augment: bool = False, task: str | None = None, max_pixels: int = MAX_PIXELS):
+                 seed: int = 0, augment: bool = False, task: str | None = None, max_pixels: int = MAX_PIXELS,
+                 vary: bool = False):
         name = self.name = readable(annotation)
         if not os.path.isdir(root):
             raise InputError(f"the image folder {readable(root)} of {name} does not exist")
         self.annotation, self.root, self.tok, self.config = annotation, Path(root).resolve(), tok, config
         self.seed, self.augment, self.task, self.max_pixels = seed, augment, task, max_pixels
+        self.vary = vary
         self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
         self.max_tokens = config.context_length if max_tokens is None else max_tokens
         if type(repeat_time) not in (int, float) or not 0 < repeat_time <= 1e6:
@@ -409,9 +499,9 @@ class JsonlDataset(Dataset):
     def __getitem__(self, i: int) -> dict:
         location = i % len(self.locations) if i < self.repeated else self.extra[i - self.repeated]
         name, line, files = self.read(location)
-        augment = random.Random(f"{self.seed}/{i}") if self.augment else None
+        rng = random.Random(f"{self.seed}/{i}") if self.augment or self.vary else None
         try:
-            sample = self.make_sample(line, files, augment)
+            sample = self.make_sample(line, files, rng)
         except InputError as e:
             raise InputError(f"{readable(name)}: {e}") from None
         return {**sample, "id": name if sample["id"] is None else sample["id"], "task": self.task}
@@ -454,12 +544,14 @@ class JsonlDataset(Dataset):
                 raise InputError(f"image {readable(name)} leads out of the image folder {self.root}")
         return [self.root / name for name in names]
 
-    def make_sample(self, line: bytes, files: dict | None, augment: random.Random | None) -> dict:
-        """What `read` returned -> a sample. Its "id" is None if the line has none."""
+    def make_sample(self, line: bytes, files: dict | None, rng: random.Random | None) -> dict:
+        """What `read` returned -> a sample. Its "id" is None if the line has none. rng: for augmentation."""
         line, images = self.parse_line(line, files)
+        if self.vary:
+            images = [change_lightly(image, rng, self.max_pixels) for image in images]
         c, share = self.config, max(1, self.max_tiles // max(1, len(images)))
         tiles = [load_image(image, share, c.image_size, c.use_thumbnail, min(share, c.min_dynamic_patch),
-                            augment, self.max_pixels) for image in images]
+                            rng if self.augment else None, self.max_pixels) for image in images]
         input_ids, labels = encode_conversation(self.tok, line.get("conversations"), [len(t) for t in tiles],
                                                 c.tokens_per_tile)
         if len(input_ids) > self.max_tokens:
@@ -568,12 +660,14 @@ def sample_files(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, s
 
 
 def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = None,
-              max_tokens: int | None = None, seed: int = 0, max_pixels: int = MAX_PIXELS) -> ConcatDataset:
+              max_tokens: int | None = None, seed: int = 0, max_pixels: int = MAX_PIXELS,
+              stage: str | None = None) -> ConcatDataset:
     """The datasets of a meta.json, {name: {root, annotation, repeat_time, max_dynamic_patch?,
     data_augment?}}, in a row [repo]. root and annotation are relative to the folder of meta.json. An
     annotation that ends in .tar, or is a list, names shards (TarDataset) and needs no root. max_dynamic_patch
-    replaces max_tiles. `has_images` is true if any dataset has. Raises InputError that names the dataset and
-    the field."""
+    replaces max_tiles. "stages": ["S1.1", ...] keeps a dataset to these stages, and "augment": true is
+    JsonlDataset's vary [both ours]. `has_images` is true if any dataset has. Raises InputError that names the
+    dataset and the field, and if no dataset is for this stage."""
     meta, folder, datasets = read_json(path), Path(path).parent, []
     if not meta:
         raise InputError(f"{path}: expected {{name: {{root, annotation, repeat_time}}}}")
@@ -584,14 +678,24 @@ def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = 
         if not shards and {type(entry.get("root")), type(files)} != {str}:
             raise InputError(f"{here} needs root and annotation, two paths, or .tar shards as annotation")
         if unknown := entry.keys() - {"root", "annotation", "repeat_time", "max_dynamic_patch",
-                                      "data_augment", "length"}:
+                                      "data_augment", "length", "stages", "augment"}:
             raise InputError(f"{here} has the unknown field {readable(min(unknown))}")
-        if type(augment := entry.get("data_augment", False)) is not bool:
-            raise InputError(f"{here}: data_augment is {augment!r:.60}, expected true or false")
+        for field in ("data_augment", "augment"):
+            if type(entry.get(field, False)) is not bool:
+                raise InputError(f"{here}: {field} is {entry[field]!r:.60}, expected true or false")
+        stages = entry.get("stages", [stage])
+        if not isinstance(stages, list) or "stages" in entry and {*map(type, stages)} != {str}:
+            raise InputError(f'{here}: stages is {stages!r:.60}, expected a list such as ["S1.1", "S1.2"]')
+        if stage is not None and stage not in stages:
+            continue
         options = (tok, config, entry.get("repeat_time", 1), entry.get("max_dynamic_patch", max_tiles),
-                   max_tokens, seed, augment, name, max_pixels)
+                   max_tokens, seed, entry.get("data_augment", False), name, max_pixels,
+                   entry.get("augment", False))
         datasets.append(TarDataset([str(folder / str(shard)) for shard in shards], *options) if shards
                         else JsonlDataset(folder / files, folder / entry["root"], *options))
+    if not datasets:
+        raise InputError(f"{path}: no dataset is for {stage}; add it to the stages of one, or name other "
+                         "--stages")
     everything = ConcatDataset(datasets)
     everything.has_images = any(dataset.has_images for dataset in datasets)
     return everything

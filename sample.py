@@ -114,10 +114,11 @@ def add_image_marks(question: str, images: int) -> str:
 
 
 def encode_prompt(tok: Tokenizer, config: MonoInternVLConfig, conversation, tiles: list[torch.Tensor],
-                  system: str | None = None) -> tuple[list[int], list[int]]:
+                  continued: bool = False) -> tuple[list[int], list[int]]:
     """encode_conversation, with "?" for what has no UTF-8: half a surrogate pair, or invalid bytes."""
     conversation = json.loads(json.dumps(conversation, ensure_ascii=False).encode(errors="replace"))
-    return encode_conversation(tok, conversation, [len(t) for t in tiles], config.tokens_per_tile, system)
+    return encode_conversation(tok, conversation, [len(t) for t in tiles], config.tokens_per_tile,
+                               continued=continued)
 
 
 def memory_report(device: torch.device) -> str:
@@ -202,8 +203,8 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
                 print(f"{len(images)} image(s) join your next message", file=sys.stderr)
             elif line:
                 turn, _ = encode_prompt(tok, model.config, turns(add_image_marks(line, len(images))), images,
-                                        system="" if ids else None)
-                prompt = ids + turn[1:] if ids else turn       # <s> stands at the beginning only
+                                        continued=bool(ids))
+                prompt = ids + turn
                 answer = print_answer(model, tok, prompt, tiles + images, flags, cache)
                 ids = prompt + answer + [tok.token_id("<|im_end|>")]
                 tiles, images = tiles + images, []

@@ -44,13 +44,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2  # comes with torch
 import numpy as np
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import torch.nn.functional as F
 import torchgen
-from hypothesis import Phase, assume, example, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -75,6 +77,7 @@ import common
 import data
 import evaluate
 import generate
+import icons
 import moe_kernel
 import mono_internvl
 import sample
@@ -3892,6 +3895,382 @@ def test_a_stage_mixes_kinds_of_samples_of_its_split_and_text_alone_answers_its_
     assert {split_of(picture) for picture in drawn} == {"test"}
 
 
+# ---------------------------------------------------------------- a real language model
+
+SMOL_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are Smol.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+SMOL_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# In each group, one name is held out: its checksum is a multiple of 20.
+ICON_NAMES = {3: ("red fox", "owl", "cat", "goat"), 4: ("green apple", "pear", "hot dog", "spoon"),
+              9: ("flag: France", "flag: Chad", "flag: Cuba", "flag: Croatia")}
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory):
+    """A two-layer Llama with a byte-level tokenizer.json, in the layout of SmolLM2's folder."""
+    folder = tmp_path_factory.mktemp("smol")
+    shutil.copy(GOLDEN / "llama_tiny" / "config.json", folder)
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.train_from_iterator(
+        [icons.CHOOSE, *icons.ASKED, *icons.GENERAL, "What is this? a kind of the flag of France, an owl"],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=400, special_tokens=list(SMOL_SPECIAL), show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "pad_token": "<|im_end|>",
+        "chat_template": SMOL_TEMPLATE}))
+    size, weights = library.get_vocab_size(), load_file(GOLDEN / "llama_tiny" / "model.safetensors")
+    del weights["lm_head.weight"]                  # tied
+    weights["model.embed_tokens.weight"] = torch.randn(size, 32, generator=torch.Generator().manual_seed(0))
+    save_file({name: t.bfloat16() for name, t in weights.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {
+        "vocab_size": size, "tie_word_embeddings": True, "max_position_embeddings": 512, "rope_theta": 1e5}
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@given(st.data())
+def test_the_ids_of_a_tokenizer_json_are_its_librarys_and_any_text_comes_back(smol, data):
+    own, added = Tokenizer(smol), {"<img>": 500, "<img>x": 501}
+    text = data.draw(st.lists(st.one_of(st.text(), st.sampled_from([*SMOL_SPECIAL, "What is", " 19", "你"]))
+                              ).map("".join))
+    assume(not re.search("[\ud800-\udfff]", text))
+    library = tokenizers.Tokenizer.from_file(str(smol / "tokenizer.json"))
+    ids, stream = own.encode(text), TextStream(own, skip_special_tokens=False)
+    assert ids == library.encode(text).ids and own.special_tokens.keys() == {*SMOL_SPECIAL}
+    assert "".join([*map(stream.push, ids), stream.flush()]) == text       # byte by byte
+    assert own.decode(ids) == library.decode(ids) == re.sub("|".join(map(re.escape, SMOL_SPECIAL)), "", text)
+    with tempfile.TemporaryDirectory() as folder:  # tokens that only added_tokens.json knows
+        shutil.copytree(smol, folder, dirs_exist_ok=True)
+        Path(folder, "added_tokens.json").write_text(json.dumps(added))
+        more = Tokenizer(folder)
+    assert more.encode(f"{text}<img>x<img>") == [*ids, 501, 500] and len(more) == 502
+
+
+@pytest.mark.parametrize("texts", [["Hi"], ["Hi", "Yes.", "Why?"], [" 7 cats ", "\n12 owls\n"]])
+def test_the_chat_template_of_a_tokenizer_json_is_kept_and_turns_can_be_added_to_it(smol, tmp_path, texts):
+    checkpoint.add_tokens(smol, tmp_path, ["<img>", "</img>", "<IMG_CONTEXT>"], len(Tokenizer(smol)))
+    roles = itertools.cycle(("user", "assistant"))
+    messages = [{"role": role, "content": text.strip()} for role, text in zip(roles, texts, strict=False)]
+    expected = jinja2.Template(SMOL_TEMPLATE).render(messages=messages, add_generation_prompt=len(texts) % 2)
+    for folder in (smol, tmp_path):                # the language model's, and that of our checkpoints
+        tok = Tokenizer(folder)
+        ids, _ = encode_conversation(tok, ask(*texts))
+        # Nothing is learned from, or answered to, the line end after the last turn.
+        assert tok.decode(ids, skip_special_tokens=False) == expected.removesuffix("<|im_end|>\n") + (
+            "<|im_end|>" if expected.endswith("<|im_end|>\n") else "")
+    for other in (tok, TOK):                       # sample.py adds a turn to the ids that it has
+        whole, _ = encode_conversation(other, ask("Hi", "Yes.", "Why?"))
+        begin, _ = encode_conversation(other, ask("Hi"))
+        more, _ = encode_conversation(other, ask("Why?"), continued=True)
+        assert begin + other.encode("Yes.<|im_end|>", bos=False) + more == whole
+
+
+def gguf_parts(smol: Path) -> tuple[dict, dict]:
+    """The metadata and tensors that a GGUF file of this folder has. Rotary pairs lie side by side."""
+    config = json.loads((smol / "config.json").read_text())
+    names = {theirs: ours for ours, theirs in icons.LLAMA_NAMES.items()}
+    model = json.loads((smol / "tokenizer.json").read_text())["model"]
+    tokens, tensors = sorted(model["vocab"], key=model["vocab"].get), {}
+    fields = {"general.architecture": "llama", "llama.attention.head_count": config["num_attention_heads"],
+              "llama.attention.head_count_kv": config["num_key_value_heads"],
+              "llama.embedding_length": config["hidden_size"], "llama.rope.freq_base": config["rope_theta"],
+              "llama.feed_forward_length": config["intermediate_size"],
+              "llama.block_count": config["num_hidden_layers"],
+              "llama.context_length": config["max_position_embeddings"],
+              "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+              "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
+              "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+              "tokenizer.ggml.token_type": [3 if token in SMOL_SPECIAL else 1 for token in tokens],
+              "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+              "tokenizer.ggml.padding_token_id": 2, "tokenizer.chat_template": SMOL_TEMPLATE}
+    for name, weight in load_file(smol / "model.safetensors").items():
+        layer = re.search(r"layers\.(\d+)\.(.*)\.weight", name)
+        part = names[layer[2] if layer else name.removesuffix(".weight")]
+        if part in ("attn_q", "attn_k"):
+            heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+            weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        tensors[(f"blk.{layer[1]}." if layer else "") + part + ".weight"] = weight.float().numpy()
+    return fields, tensors
+
+
+def stand_in_for_gguf(monkeypatch, fields: dict, tensors: dict, dequantize=lambda values, kind: values):
+    """The package gguf, with one file."""
+    reader = SimpleNamespace(
+        fields={name: SimpleNamespace(contents=lambda value=value: value) for name, value in fields.items()},
+        tensors=[SimpleNamespace(name=name, data=t, tensor_type=SimpleNamespace(name="Q9_9"))
+                 for name, t in tensors.items()])
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace(
+        GGUFReader=lambda path: reader, quants=SimpleNamespace(dequantize=dequantize)))
+
+
+@pytest.mark.parametrize("package", ["a stand-in", "gguf"])
+def test_a_gguf_file_becomes_the_folder_that_it_was_made_from(smol, tmp_path, monkeypatch, package):
+    (fields, tensors), path = gguf_parts(smol), tmp_path / "llm.gguf"
+    if package == "gguf":
+        writer = pytest.importorskip("gguf").GGUFWriter(str(path), "llama")
+        for name, value in fields.items():
+            kind = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32,
+                    list: writer.add_array}[type(value)]
+            kind(name, value) if name != "general.architecture" else None
+        for name, t in tensors.items():
+            writer.add_tensor(name, t)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    else:
+        stand_in_for_gguf(monkeypatch, fields, tensors)
+    icons.convert_gguf(path, tmp_path / "llm")
+    made, given = (load_file(folder / "model.safetensors") for folder in (tmp_path / "llm", smol))
+    assert_same(made, given)
+    assert made.keys() == given.keys()
+    ours, theirs = (MonoInternVLConfig.from_llm(folder) for folder in (tmp_path / "llm", smol))
+    assert math.isclose(ours.rms_norm_eps, theirs.rms_norm_eps, rel_tol=1e-6)          # a float32 in the file
+    assert replace(ours, rms_norm_eps=theirs.rms_norm_eps) == theirs
+    ours, theirs = Tokenizer(tmp_path / "llm"), Tokenizer(smol)
+    assert encode_conversation(ours, ask("What are 19 cats?")) == encode_conversation(
+        theirs, ask("What are 19 cats?"))
+    for tok in (ours, theirs):
+        del tok.folder, tok.library
+    assert vars(ours) == vars(theirs)
+
+
+def write_package(folder: Path, name: str, **files: dict) -> None:
+    with tarfile.open(folder / f"{name}-1.2.3.tgz", "w:gz") as tar:
+        for file, content in files.items():
+            content = json.dumps(content).encode()
+            header = tarfile.TarInfo("package/" + file.replace("__", "/") + ".json")
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+
+
+def render_stand_in(svg_string: str, **_) -> bytes:
+    """The package resvg-py, for pictures of one color."""
+    color = re.search('fill="(#[0-9a-f]{6})"', svg_string)
+    if color is None:
+        raise ValueError("no such picture")
+    Image.new("RGBA", (64, 64), color[1]).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def icon_folder(smol, tmp_path, monkeypatch):
+    """What `python icons.py` prepares, from small packages of one-colored drawings."""
+    monkeypatch.setitem(sys.modules, "resvg_py", SimpleNamespace(svg_to_bytes=render_stand_in))
+    packages, out = tmp_path / "packages", tmp_path / "icons"
+    packages.mkdir()
+    emoji, drawings = [], {}
+    for group, names in ICON_NAMES.items():
+        for i, name in enumerate(names):
+            iso = {"France": "FR", "Chad": "TD", "Cuba": "CU", "Croatia": "HR"}.get(name[6:])
+            flag_emoji = "".join(chr(0x1F1E6 + ord(c) - ord("A")) for c in iso or "")
+            emoji.append({"label": name, "hexcode": f"{group}{i}", "group": group, "subgroup": group,
+                          "emoji": flag_emoji or "?", "tags": ["thing", "drawing"]})
+            drawings[f"flag-for-{name[6:].lower()}" if iso else name.replace(" ", "-")] = iso
+    write_package(packages, "emojibase-data", en__data=emoji, de__data=[e | {"label": "Ding"} for e in emoji],
+                  meta__groups={"subgroups": {"3": "animal-bird", "4": "food-fruit", "9": "country-flag"}})
+    info = {"author": {"name": "A. Hand"}, "license": {"title": "MIT"}}
+    for hand in icons.HANDS:
+        slugs = [iso.lower() for iso in drawings.values() if iso] if hand in icons.FLAG_HANDS else drawings
+        body = f'<rect fill="#{zlib.crc32(hand.encode()) % 2 ** 24:06x}"/>'
+        write_package(packages, f"iconify-json-{hand}", info=info, icons={
+            "icons": {slug: {"body": body} for slug in slugs} | {"unknown-thing": {"body": ""}}})
+    flags = [f"--llm={smol}", f"--packages={packages}", f"--out={out}", "--chats=1"]
+    (out / "chats.json").parent.mkdir()
+    assert icons.main(flags) == 0
+    (out / "chats.json").write_text(json.dumps({"chats": [["Hello!", "Hi, I am Smol."]]}))
+    return out
+
+
+def test_held_out_things_and_the_test_hand_are_never_trained_on_and_each_picture_has_a_licence(icon_folder):
+    index = json.loads((icon_folder / "index.json").read_text())
+    splits = {split: icons.Pictures(icon_folder, split) for split in ("train", "test", "unseen")}
+    sources = {split: {s for of in p.drawings.values() for s in of} for split, p in splits.items()}
+    assert sum(map(len, sources.values())) == len(set.union(*sources.values())) == len(index["pictures"])
+    for split, hands in ("train", {*icons.HANDS} - {icons.TEST_HAND}), ("test", {icons.TEST_HAND}):
+        assert {index["pictures"][s]["hand"] for s in sources[split]} == hands
+    hidden = {"goat", "spoon", "flag of Croatia"}
+    assert {splits["unseen"].name(t) for t in splits["unseen"].drawings} == hidden
+    for picture in index["pictures"]:
+        assert (picture["author"], picture["licence"]) == ("A. Hand", "MIT")
+        assert picture["source"].startswith(f"@iconify-json/{picture['hand']}: ")
+        assert (icon_folder / picture["file"]).is_file()
+    pictures = splits["train"]
+    signs = range(len(index["pictures"]), len(index["pictures"]) + len(pictures.words))
+    for stage, i in itertools.product(STAGES[1:], range(60)):
+        rng = random.Random(i)
+        conversation, scene, _ = icons.icon_conversation(pictures, [["a", "b"]], stage, rng, 48, 2)
+        said = " ".join(turn["value"] for turn in conversation)
+        assert not re.search("|".join(rf"\b{name}\b" for name in hidden), said)
+        for source, *_ in scene.placed if scene else ():
+            assert source in sources["train"] or source in signs
+    names = (icon_folder / "questions" / "choices.tsv").read_text().splitlines()
+    assert len(names) == 1 + len(sources["test"])
+    row = dict(zip(names[0].split("\t"), names[1].split("\t"), strict=True))
+    assert row[row["answer"]] == splits["test"].name(next(iter(splits["test"].drawings)))
+    assert Image.open(io.BytesIO(base64.b64decode(row["image"]))).size == (48, 48)
+
+
+@given(seed=st.integers(0, 10 ** 6))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+def test_a_thing_is_drawn_within_its_box_and_nowhere_else(icon_folder, seed):
+    pictures = icons.Pictures(icon_folder)
+    questions, scene = icons.scene_conversation(pictures, random.Random(seed), 48, 2)
+    image, ground = np.asarray(pictures.draw(scene)).astype(int), np.array(scene.ground) * scene.brightness
+    for i, (_, left, top, side, _) in enumerate(scene.placed):
+        x1, y1, x2, y2 = (round(v * size / 1000) for v, size in zip(
+            scene.box(i), (scene.width, scene.height) * 2, strict=True))
+        assert (x1, y1, x2, y2) == (left, top, left + side, top + side)
+        assert 0 <= x1 < x2 <= scene.width and 0 <= y1 < y2 <= scene.height
+        color = np.array(pictures.image(scene.placed[i][0]).getpixel((32, 32))[:3]) * scene.brightness
+        assert abs(image[top + side // 2, left + side // 2] - color.clip(0, 255)).max() <= 2
+        image[y1:y2, x1:x2] = ground.clip(0, 255)
+    assert abs(image - ground.clip(0, 255)).max() <= 2
+    assert ("How many things are there?", icons.NUMBERS[len(scene.placed)]) in questions
+
+
+def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_is_bitwise_the_same_after_s1(
+        icon_folder, tmp_path, capsys):
+    assert train_evip.main(["--preset=icons", "--dry_run"]) == 1
+    assert "`python icons.py` has prepared: --data icons" in capsys.readouterr().err
+    llm, out = icon_folder / "llm", tmp_path / "out"
+    flags = ["--preset=icons", f"--data={icon_folder}", f"--init_from={llm}", f"--out={out}", "--steps=2",
+             "--batch_size=4", "--grad_accum=1", "--device=cpu", "--dtype=float32", "--peak_tflops=1"]
+    assert train_evip.main(flags) == 0
+    report = json.loads((out / "results.json").read_text())
+    ids = torch.tensor([Tokenizer(llm).encode("What is a cat?")])
+    before = MonoInternVL.from_llm(llm)(ids)[0]
+    for stage in ("S1.1", "S1.2"):
+        assert report[stage]["logits bitwise equal"] and report[stage]["weights bitwise equal"]
+        model = MonoInternVL.from_pretrained(out / stage)
+        assert torch.equal(model(ids)[0][..., :before.shape[-1]], before)
+    model, tok = MonoInternVL.from_pretrained(out / "S2"), Tokenizer(out / "S2")
+    assert model.config.img_context_token_id == tok.token_id("<IMG_CONTEXT>")
+    assert (tok.first_ids, tok.after_turn, tok.system_message) == ([], "\n", "You are Smol.")
+    for event in events_of(out):
+        if event.get("stage") in ("S1.1", "S1.2"):
+            assert [*event["tasks"]] == ["alt text" if event["stage"] == "S1.1" else "caption"]
+    dataset = icons.Icons(icon_folder, "S2", tok, model.config, 2)
+    assert_same(dataset[5], dataset[5])            # the same whenever it is asked for
+    (icon_folder / "chats.json").write_text('{"chats": []}')
+    with pytest.raises(InputError, match="more --chats"):
+        icons.Icons(icon_folder, "S2", tok, model.config)
+    tasks = {dataset[i]["task"] for i in range(60)}
+    assert tasks == {"questions", "text", "reading", "scene"}
+
+
+def test_datasets_of_a_meta_json_are_used_in_their_stages_and_vary_if_they_are_to(tmp_path):
+    line = {"image": "a.png", "conversations": ask("<image>", "b")}
+    meta = write_meta(tmp_path, [line] * 8)
+    entry = json.loads(meta.read_text())["a"]
+    meta.write_text(json.dumps({"noisy": entry | {"stages": ["S1.1"]}, "all": entry | {"augment": True},
+                                "late": entry | {"stages": ["S1.3", "S2"]}}))
+    used = {stage: [d.task for d in load_meta(meta, TOK, SMALL, stage=stage).datasets]
+            for stage in (None, *STAGES[1:])}
+    assert used == {None: ["noisy", "all", "late"], "S1.1": ["noisy", "all"], "S1.2": ["all"],
+                    "S1.3": ["all", "late"], "S2": ["all", "late"]}
+    once, again, other = ([load_meta(meta, TOK, SMALL, 1, seed=seed)[8 + i]["pixel_values"] for i in range(8)]
+                          for seed in (0, 0, 1))
+    plain, means = load_image(PICTURE, 1, 56), {t.mean().item() for t in once}
+    assert all(map(torch.equal, once, again)) and len(means) == 8
+    assert not any(torch.equal(a, b) for a, b in itertools.product(once, [plain, *other]))
+    assert torch.equal(load_meta(meta, TOK, SMALL, 1)[0]["pixel_values"], plain)
+    for field, value, message in (("stages", "S2", "stages is 'S2', expected a list"),
+                                  ("stages", [], "expected a list"), ("stages", [1], "expected a list"),
+                                  ("augment", 1, "augment is 1, expected true")):
+        meta.write_text(json.dumps({"a": entry | {field: value}}))
+        with pytest.raises(InputError, match=message):
+            load_meta(meta, TOK, SMALL)
+    meta.write_text(json.dumps({"a": entry | {"stages": ["S2"]}}))
+    with pytest.raises(InputError, match="no dataset is for S1.1; add it"):
+        load_meta(meta, TOK, SMALL, stage="S1.1")
+
+
+@pytest.mark.parametrize("preset, gain, chosen", [("icons", 4.0, "bfloat16"), ("icons", 1.9, "float32"),
+                                                  ("tiny", 4.0, "float32")])
+def test_a_cpu_trains_in_bfloat16_if_its_products_are_twice_as_fast_and_the_model_is_not_tiny(
+        monkeypatch, capsys, preset, gain, chosen):
+    monkeypatch.setattr(budget, "measured_peak", lambda device, dtype: gain if dtype == "bfloat16" else 1.0)
+    flags = train_evip.Flags(preset=preset, device="cpu")
+    train_evip.choose_device(flags)
+    assert flags.dtype == chosen
+    assert (f"--dtype {chosen}" in capsys.readouterr().out) == (preset != "tiny")
+
+
+def damage(path: Path, content: bytes | None) -> None:
+    path.unlink() if content is None else path.write_bytes(content)
+
+
+BAD_ICONS = {
+    "a missing package": (lambda f, s: damage(next(f.glob("*noto-1*")), None), "npm pack @iconify-json/noto"),
+    "a damaged package": (lambda f, s: damage(next(f.glob("*cif*")), b"\x1f\x8b"), "cif-1.2.3.tgz is dam"),
+    "no emojibase": (lambda f, s: damage(next(f.glob("emoji*")), None), "npm pack emojibase-data"),
+    "no resvg": (lambda f, s: s.setitem(sys.modules, "resvg_py", None), "pip install resvg-py"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ICONS)
+def test_what_is_missing_or_damaged_in_the_packages_is_said_in_one_line(icon_folder, smol, monkeypatch,
+                                                                        capsys, name):
+    change, message = BAD_ICONS[name]
+    packages = icon_folder.parent / "packages"
+    change(packages, monkeypatch)
+    assert icons.main([f"--llm={smol}", f"--packages={packages}", f"--out={icon_folder}"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_drawing_that_does_not_render_is_named_and_left_out(icon_folder, smol, capsys):
+    packages = icon_folder.parent / "packages"
+    write_package(packages, "iconify-json-noto", info={"author": {"name": "B"}, "license": {"title": "MIT"}},
+                  icons={"icons": {"owl": {"body": "<path/>"}, "cat": {"body": '<rect fill="#00ff00"/>'}}})
+    icons.prepare_pictures(packages, icon_folder)
+    said = capsys.readouterr()
+    assert "noto: owl does not render" in said.err and "1 did not render" in said.out
+    files = [p["file"] for p in json.loads((icon_folder / "index.json").read_text())["pictures"]]
+    assert "pictures/noto/owl.png" not in files and "pictures/noto/cat.png" in files
+
+
+def test_language_models_that_cannot_be_converted_are_refused_in_one_line(smol, tmp_path, monkeypatch):
+    fields, tensors = gguf_parts(smol)
+
+    def cannot(values, kind):
+        raise NotImplementedError
+
+    for change, more, dequantize, message in (
+            ({"general.architecture": "mamba"}, {}, None, "('mamba', 'gpt2', 'smollm'), supported is"),
+            ({"tokenizer.ggml.pre": "llama-bpe"}, {}, None, "'llama-bpe'"),
+            ({}, {"blk.0.ssm.weight": np.zeros(1)}, None, "blk.0.ssm has no place"),
+            ({}, {}, cannot, "is quantised as Q9_9")):
+        given = {"dequantize": dequantize} if dequantize else {}
+        stand_in_for_gguf(monkeypatch, fields | change, tensors | more, **given)
+        with pytest.raises(InputError, match=re.escape(message)):
+            icons.convert_gguf("a.gguf", tmp_path / "llm")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match="pip install gguf"):
+        icons.convert_gguf("a.gguf", tmp_path / "llm")
+    shutil.copytree(smol, tmp_path / "other")
+    words = json.dumps({"model": {"type": "WordLevel", "vocab": {"▁a": 0}, "unk_token": "▁a"}})
+    for content, message in (("{", "not readable JSON"), ("{}", "is not a tokenizer"),
+                             (words, "is not byte-level BPE")):
+        (tmp_path / "other" / "tokenizer.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            Tokenizer(tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="no tokenizer.model and no tokenizer.json"):
+        Tokenizer(tmp_path / "other")
+
+
 # ---------------------------------------------------------------- the notebooks
 
 NOTEBOOKS = sorted(path.name for path in (HERE / "notebooks").glob("*.ipynb"))
@@ -4725,9 +5104,6 @@ def test_training_starts_from_a_language_model_whose_tokenizer_gets_image_tokens
         assert_close(rows[size:], mean.expand(len(rows) - size, -1), rtol=1e-5, atol=1e-6)
     for name, weight in model.named_parameters():  # experts are copies, and a learning rate of 0 keeps them
         assert torch.equal(weight, model.get_parameter(name.replace("_ve.", ".")))
-    (llm / "tokenizer.model").rename(llm / "tokenizer.json")
-    assert train_evip.main([*flags, "--resume=never"]) == 1
-    assert "tokenizer.json only" in capsys.readouterr().err
 
 
 @slow

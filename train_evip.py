@@ -52,6 +52,7 @@ from data import (
     too_many_bad,
 )
 from evaluate import delta_verdict, plot_loss, plot_predictions, print_table, world_accuracy
+from icons import Icons
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 from world import World, make_world_tokenizer
 
@@ -104,6 +105,12 @@ RECIPES = {
 # The real thing, on a node of GPUs: what the papers say, and [ours] where they leave it open: batches before
 # S1.3, the learning rates of 1.5, max_tokens (256 a tile, and room for text). Steps = samples / batch.
 SFT = Stage("S2", INSTRUCT, "all", 6, 5197, 4e-5, "cosine", "LLaVA-665k, 4e-5 cosine", 128, 2048)    # [repo]
+ICON_SIZES = {"vision_hidden_size": 256, "patch_size": 8, "image_size": 48, "max_dynamic_patch": 2}
+ICONS = (                                             # hours on a CPU, minutes on a GPU; all [ours]
+    Stage("S1.1", CONCEPT, "visual", 1, 800, 6e-4, "constant", "", 32),
+    Stage("S1.2", SEMANTIC, "visual", 1, 3200, 6e-4, "cosine", "", 32),
+    Stage("S1.3", ALIGN, "visual + attention", 2, 400, 1e-4, "constant", "", 32),
+    Stage("S2", INSTRUCT, "all", 2, 1200, 1e-4, "cosine", "", 32))
 EPOCHS = 3                                            # of your own data, without --steps and --preset [ours]
 PRESETS = {
     "tiny": RECIPES,                                  # from nothing, with its own small language model
@@ -119,6 +126,7 @@ PRESETS = {
             Stage("S1.3", ALIGN, "visual + attention", 12, 73000, 5e-5, "constant", "150 M", 2048, 4096),
             Stage("S2", INSTRUCT, "all", 24, 55000, 4e-5, "cosine", "7 M", 128, 8192))},
     "llava_sft": {"evip": (SFT,), "evip++": (SFT,)},  # the official fine-tuning script, of any checkpoint
+    "icons": {"evip": ICONS, "evip++": ICONS},        # real pictures, SmolLM2-135M: see icons.py
 }
 
 
@@ -140,7 +148,7 @@ class Flags:
     stages: list[str] = flag([], "stages to run, e.g. S1.3 S2 (default: all)")
     out: str | None = flag(None, "folder of the run (default: out/RECIPE or out/RECIPE-PRESET)")
     init_from: str | None = flag(None, "folder to start from: a Mono-InternVL, InternLM2 or Llama layout")
-    data: str | None = flag(None, "meta.json of your own data (default: the embedded world)")
+    data: str | None = flag(None, "meta.json of your own data, or for icons its folder (default: the world)")
     batch_size: int | None = flag(None, "samples per forward pass and process (default: 16, big models 4)")
     grad_accum: int | None = flag(None, "forward passes per step (default: what makes the table's batch)")
     pack: bool = flag(False, "pack samples into rows of max_tokens; batches then count rows")
@@ -156,7 +164,7 @@ class Flags:
     max_bad: float = flag(0.01, "fraction of the samples that may be unreadable before training stops")
     seed: int = flag(0, "of weights, samples and their order")
     device: str = flag("auto", "cpu, cuda, ...; auto is cuda, else mps, else cpu")
-    dtype: str = flag("auto", "of the forward pass and of frozen weights; auto: bfloat16 if the GPU has it",
+    dtype: str = flag("auto", "of the forward pass and of frozen weights; auto: bfloat16 where it is fast",
                       choices=["auto", "float32", "bfloat16"])
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
     parallel: str = flag("auto", "ddp copies the model to each process, fsdp shards it; auto: big models",
@@ -572,10 +580,15 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path, new_tokenizer: Pa
             tok = Tokenizer(new_tokenizer)
         config = MonoInternVLConfig.from_llm(
             folder, attn_experts="qkvo" if flags.recipe == "evip++" else "", bos_token_id=tok.bos_id,
-            eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
+            eos_token_id=tok.eos_id, pad_token_id=tok.pad_id,
+            **(ICON_SIZES if flags.preset == "icons" else {}))
         config = replace(config, vocab_size=max(config.vocab_size, len(tok)),
                          img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
-        return config, tok, lambda: MonoInternVL.from_llm(folder, config, dtype=None, num_tokens=num_tokens)
+
+        def build() -> MonoInternVL:
+            torch.manual_seed(flags.seed)          # the same random vision embedding whenever it is built
+            return MonoInternVL.from_llm(folder, config, dtype=None, num_tokens=num_tokens)
+        return config, tok, build
 
     def build() -> MonoInternVL:
         model = MonoInternVL.from_pretrained(folder, dtype=None)
@@ -672,6 +685,9 @@ def check_flags(flags: Flags) -> list[Stage]:
     stages = [s for s in recipe if s.name in (flags.stages or names)]
     if flags.data and stages[0].name == "S0":
         raise InputError("S0 makes the embedded world's own language model; with --data, name other --stages")
+    if flags.preset == "icons" and (not flags.data or flags.dry_run and not flags.init_from):
+        raise InputError("--preset icons learns from what `python icons.py` has prepared: --data icons "
+                         "--init_from icons/llm")
     if not flags.data and flags.preset != "tiny" and not flags.dry_run:
         raise InputError(f"--preset {flags.preset} learns from your own data: name it with --data")
     for name in ("batch_size", "grad_accum", "pool", "steps", "max_tokens", "save_every", "keep",
@@ -694,17 +710,25 @@ def choose_device(flags: Flags):
             raise InputError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
         flags.device = f"cuda:{local}"
-    if flags.dtype == "auto":          # on a CPU the casts cost the tiny model more than bfloat16 gains
-        has_bf16 = flags.device.startswith("cuda") and torch.cuda.is_bf16_supported()
-        flags.dtype = "bfloat16" if has_bf16 else "float32"
+    if flags.dtype == "auto":
+        use_bf16 = flags.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        if flags.device == "cpu" and flags.preset != "tiny":   # casts cost the tiny model more than it gains
+            gain = budget.measured_peak("cpu", "bfloat16") / budget.measured_peak("cpu", "float32")
+            use_bf16 = gain >= 2
+            say(f"matrix products in bfloat16 have {gain:.1f} times the speed of float32 on this CPU: "
+                f"--dtype {'bfloat16' if use_bf16 else 'float32'}")
+        flags.dtype = "bfloat16" if use_bf16 else "float32"
 
 
 def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: Flags, batch: int):
     """(dataset, the stage with the steps that it will take). batch: samples of a step."""
     if not flags.data:
         return World(stage.name, tok, config, stage.max_tiles, flags.seed), stage
+    if flags.preset == "icons":
+        return Icons(flags.data, stage.name, tok, config, stage.max_tiles, flags.seed), stage
     limit = token_limit(config, stage, flags)
-    dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed, flags.max_pixels)
+    dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed, flags.max_pixels,
+                        stage.name)
     if stage.trainable.startswith("visual") and not dataset.has_images:
         raise InputError(f"{stage.name} learns to see, but no sample of {flags.data} has an image; for "
                          "text alone, choose --stages S2")
