@@ -4358,8 +4358,8 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
         words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")):]]
     if words[1] == "-m":                                     # these tests themselves
         assert words[2] == "pytest" and words[-1] == Path(__file__).name
-    elif words[1] == "budget.py":
-        subprocess.run([sys.executable, HERE / "budget.py", *words[2:]], check=True)
+    elif words[1] in ("budget.py", "moe_kernel.py"):
+        subprocess.run([sys.executable, HERE / words[1], *words[2:]], check=True)
     elif words[1] != "notebooks/execute.py":                 # which the test of the notebooks runs
         options = SHORT[" ".join(words[1:3 if words[1] == "bench.py" else 2])].split()
         monkeypatch.setattr(bench, "VARIANTS", dict(list(bench.VARIANTS.items())[:1]))
