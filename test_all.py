@@ -4400,6 +4400,7 @@ def test_results_md_is_what_bench_report_makes_of_the_measurements(tmp_path, mon
 
 
 def test_the_readme_repeats_the_recipes_and_the_results_truly():
+    assert len(re.findall("^pip install", README, re.M)) == 2              # what .ci/run takes
     for stage, v1 in zip(train_evip.RECIPES["evip++"], train_evip.RECIPES["evip"], strict=True):
         row = [stage.name, stage.goal, stage.trainable, str(stage.max_tiles),
                f"{stage.steps} · {stage.lr:g} {stage.schedule}", stage.paper, v1.paper]
