@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from common import (
     say,
     stop_together,
     sum_over_processes,
+    unreadable,
     wait_for_all,
     world_size,
 )
@@ -161,11 +161,7 @@ def read_tensors(folder: str | Path, dtype: torch.dtype | None, device) -> dict[
             raise InputError(f"{folder / file} does not exist; expected model.safetensors or "
                              "all shards of its index") from None
         except (SafetensorError, OSError) as e:
-            error = f"damaged or cut short: {e}"
-            with suppress(OSError, ValueError), open(folder / file, "rb") as f:
-                if f.read(23) == b"version https://git-lfs":
-                    error = "a Git LFS pointer, not the file itself: run `git lfs pull`"
-            raise InputError(f"{folder / file} is {error}") from None
+            raise unreadable(folder / file, f"is damaged or cut short: {e}") from None
     return tensors
 
 

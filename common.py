@@ -6,6 +6,7 @@ import os
 import sys
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import MISSING, field, fields
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+LFS_POINTER = b"version https://git-lfs"           # how the small text begins that stands for a large file
 
 
 class InputError(ValueError):
@@ -23,18 +26,28 @@ class InputError(ValueError):
         super().__init__(" ".join(message.splitlines()).encode(errors="backslashreplace").decode())
 
 
+def readable(name: str | Path) -> str:
+    """A name or an id as messages show it: escaped where it is no valid Unicode, and not too long."""
+    name = str(name).encode(errors="backslashreplace").decode()
+    return name if len(name) <= 200 else f"{name[:130]}...{name[-67:]}"
+
+
+def unreadable(file: str | Path, error: str) -> InputError:
+    """What to raise for a file that is not what it should be. Git LFS may not have fetched it."""
+    with suppress(OSError, ValueError), open(file, "rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            error = "is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    return InputError(f"{readable(file)} {error}")
+
+
 def read_json(path: str | Path, if_missing: str = "") -> dict:
     """The JSON object in a file. Raises InputError for all else; if_missing: added if there is no file."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")                  # Windows editors add a BOM
-        is_pointer = text.startswith("version https://git-lfs")
-        content = {} if is_pointer else json.loads(text)
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))   # Windows editors add a BOM
     except FileNotFoundError:
         raise InputError(f"{path} does not exist{if_missing}") from None
     except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not readable JSON: {e}") from None
-    if is_pointer:
-        raise InputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+        raise unreadable(path, f"is not readable JSON: {e}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, expected an object of named fields")
     return content

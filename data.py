@@ -35,26 +35,10 @@ from sentencepiece import SentencePieceProcessor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from common import InputError, read_json
+from common import LFS_POINTER, InputError, read_json, readable, unreadable
 
 ImageFile = str | Path | io.BytesIO | Image.Image
 IGNORED = -100                                     # the label of a token without loss
-LFS_POINTER = b"version https://git-lfs"           # how the small text begins that stands for a large file
-
-
-def readable(name: str | Path) -> str:
-    """A name or an id as messages show it: escaped where it is no valid Unicode, and not too long."""
-    name = str(name).encode(errors="backslashreplace").decode()
-    return name if len(name) <= 200 else f"{name[:130]}...{name[-67:]}"
-
-
-def unreadable(file: str | Path, error: str) -> InputError:
-    """What to raise for a file that is not what it should be. Git LFS may not have fetched it."""
-    with suppress(OSError, ValueError), open(file, "rb") as f:
-        if f.read(len(LFS_POINTER)) == LFS_POINTER:
-            error = "is a Git LFS pointer, not the file itself: run `git lfs pull`"
-    return InputError(f"{readable(file)} {error}")
-
 
 # ---------------------------------------------------------------- tokenizer
 

@@ -4759,6 +4759,11 @@ def test_the_plan_of_the_2b_model_is_arithmetic_on_its_sizes(monkeypatch, capsys
     assert budget.main(["--gpus=0"]) == 1 and "must be positive" in capsys.readouterr().err
 
 
+def test_batches_reach_whatever_device_trains():
+    """Also one that is no GPU of NVIDIA's, such as a Mac's. "meta" is the one that every machine has."""
+    assert train_evip.to_device(torch.ones(3), torch.device("meta")).device.type == "meta"
+
+
 def test_layers_run_twice_where_a_gpu_lacks_the_memory_to_keep_their_results(monkeypatch):
     stage = train_evip.PRESETS["2b"]["evip++"][0]
     with torch.device("meta"):

@@ -317,7 +317,7 @@ def next_batches(source, batches: Batches, accum: int, flags: Flags) -> tuple[li
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:
     """A copy to a GPU from pinned memory does not make the host wait."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stage: Stage,
