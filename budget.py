@@ -111,7 +111,7 @@ def memory_plan(shapes: dict[str, tuple], trained: set[str], c, *, rows: int, to
     if recompute:
         layers = c.num_hidden_layers * tokens * itemsize * D + layer
     pixels = c.shuffle ** 2 * (4 * c.num_channels * c.patch_size ** 2 + 6 * itemsize * c.vision_hidden_size)
-    logits = min(2 ** 26, rows * c.vocab_size * max(tokens - visual, tokens // 8))     # made in pieces
+    logits = min(2 ** 26, rows * c.vocab_size * max(tokens - visual, tokens // 8))     # MonoInternVL.LOGITS
     return plan | {"activations": rows * (layers + visual * pixels) + (itemsize + 8) * logits}
 
 

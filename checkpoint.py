@@ -389,7 +389,7 @@ def read_run(out: Path, flags: dict, partials: list[Path], free_to_change: set[s
     run["interrupted"] = not run["finished"] and bool(run["done"] or any(map(newest_partial, partials)))
     if not run["interrupted"] or flags["resume"] == "never":
         return new
-    if run["processes"] != world_size():           # the samples of a step are compared later
+    if run.get("processes", world_size()) != world_size():     # the samples of a step are compared later
         free_to_change = free_to_change | {"grad_accum"}
     for name, value in run["flags"].items():
         if name not in free_to_change and value != flags.get(name, value):

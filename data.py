@@ -955,7 +955,7 @@ class Batches:
         """Call it before iterating. Raises InputError if SETTINGS differ or a buffered sample is bad now."""
         self.check_settings(state)
         self.seen, self.bad = state["seen"], dict(state["bad"])
-        self.left_over, self.start = state["left_over"], state["start"]
+        self.left_over, self.start = state.get("left_over", []), state.get("start", 0)     # older: neither
         self.packed_tokens, self.packed_room = state["packed_tokens"], state["packed_room"]
         version, words, gauss = state["rng"]
         self.rng.setstate((version, tuple(words), gauss))
@@ -969,7 +969,7 @@ class Batches:
         for state in states:
             self.check_settings(state, ("seed", "size"))
             self.bad |= dict(state["bad"])
-        self.left_over, self.start = states[0]["left_over"], states[0]["start"]
+        self.left_over, self.start = states[0].get("left_over", []), states[0].get("start", 0)
         end = max(len(self.left_over), *(state["seen"] * old for state in states))
         numbers = [(b["number"] - 1) * old + r for r, state in enumerate(states) for b in state["buffer"]]
         for r, state in enumerate(states):

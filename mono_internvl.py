@@ -518,7 +518,7 @@ class MonoInternVL(nn.Module):
     """Vision embedding + pixel shuffle + mlp1 -> visual tokens, which join the text tokens in one decoder."""
 
     generate, generate_naively = generate, generate_naively     # of generate.py
-    LOGITS = 2 ** 26                               # that training makes at a time: 256 MB in float32
+    LOGITS = 2 ** 26                               # most logits at a time in training: 256 MB in float32
 
     def __init__(self, config: MonoInternVLConfig):
         super().__init__()

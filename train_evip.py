@@ -495,7 +495,7 @@ def resume(folder: Path | None, model: MonoInternVL, optimizer: torch.optim.Adam
             batches.take_over([one["batches"] for one in state["everyones"]])
     except InputError as e:
         problem = str(e)
-    if state["batch"] != batch:
+    if state.get("batch", batch) != batch:         # older checkpoints do not say it
         problem = (f"a step of this run has {state['batch']} samples, and with {world_size()} process(es) it "
                    f"would have {batch}: change --grad_accum")
     common.stop_together(problem)
