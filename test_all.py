@@ -3670,7 +3670,11 @@ def test_any_number_of_processes_writes_the_same_answers_even_if_they_are_killed
             for process in processes:
                 process.kill()
                 process.join()
-        assert [process.exitcode for process in processes] == [0 if killed is None else -9] * number
+        codes = [process.exitcode for process in processes]
+        if killed is None:
+            assert codes == [0] * number
+        else:                                      # another may notice it before it is killed, and say so
+            assert codes[killed] == -9 and set(codes) <= {-9, 1}
         return files_in(tmp_path / out)
 
     one = run("one")
