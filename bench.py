@@ -27,7 +27,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 from matplotlib.figure import Figure
@@ -38,7 +37,7 @@ import moe_kernel
 import train_evip
 from common import InputError, flag, parse_flags, read_json
 from data import Tokenizer, collate, count_tokens, load_image
-from evaluate import answer, described_rightly, text_probe
+from evaluate import answer, described_rightly, documentation_loss, text_probe
 from generate import KVCache, decode
 from icons import Icons, Pictures, plain_scene
 from mono_internvl import (
@@ -628,19 +627,22 @@ class AblationFlags(Flags):
     out: str = flag("out/ablation", "folder of the run")
 
 
-def train_variant(change: dict, llm: MonoInternVL, tok: Tokenizer, train, stages: list, probe, look) -> dict:
-    """Takes a copy of the language model through the stages. change: of VARIANTS. probe: text_probe, or what
-    takes and returns the same. look(model): what the model says about pictures, to be recorded."""
+def train_variant(change: dict, llm: MonoInternVL, tok: Tokenizer, train, stages: list, look,
+                  text_loss=None) -> dict:
+    """Takes a copy of the language model through the stages. change: of VARIANTS. look(model): what the model
+    says about pictures, to be recorded. text_loss(model, tok): None takes that of the embedded world."""
     model = MonoInternVL(replace(llm.config, attn_experts=change.get("attn_experts", "qkvo")))
     model.load_state_dict({name: weight for name, weight in llm.state_dict().items()
                            if name.startswith("language_model") and "_ve." not in name}, strict=False)
     if change.get("copy_experts", True):
         model.copy_text_experts()
     dtype = llm.language_model.output.weight.dtype
-    logits, before = probe(model.to(dtype), tok)
+    logits, before = text_probe(model.to(dtype), tok)
+    before = text_loss(model, tok) if text_loss else before
     for stage in stages:
         losses = train(model, replace(stage, trainable=change.get("trainable", stage.trainable)), tok)
-    logits_after, after = probe(model.to(dtype), tok)
+    logits_after, after = text_probe(model.to(dtype), tok)
+    after = text_loss(model, tok) if text_loss else after
     # Every sample is new, so the training loss tells what was learned: its mean in each tenth of S1.2.
     tenths = torch.tensor(losses).tensor_split(min(10, len(losses)))
     return {"text before": before, "text after": after,
@@ -679,7 +681,7 @@ def ablation(flags: train_evip.Flags, seeds: int = 3) -> dict:
             print(f"seed {seed}: {name}", flush=True)
             torch.manual_seed(seed)                # new weights for all but the LLM
             rows.append({"variant": name, "seed": seed, **train_variant(
-                change, llm, tok, train, stages, text_probe,
+                change, llm, tok, train, stages,
                 lambda model, tok=tok, n=flags.eval_questions: described_rightly(model, tok, n))})
     results = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows,
                "seconds": time.time() - started, "steps": [flags.steps or stage.steps for stage in stages],
@@ -700,16 +702,6 @@ def choose_things(data: Path, out: Path, n: int):
     (out / "index.json").write_text(json.dumps(index))
     if not (out / "pictures").exists():
         (out / "pictures").symlink_to((data / "pictures").resolve(), target_is_directory=True)
-
-
-@torch.inference_mode()
-def documentation_probe(model: MonoInternVL, tok: Tokenizer) -> tuple[torch.Tensor, float]:
-    """Logits and loss on English text that Python carries: its own documentation."""
-    texts = [text for text in topics.values() if len(text) > 1500][:32]
-    ids = torch.tensor([tok.encode(text, bos=False)[:256] for text in texts])
-    ids = ids.to(model.language_model.output.weight.device)
-    losses = [model(part, labels=part, reduction="none")[1].float() for part in ids.split(8)]
-    return model(ids[:4])[0], torch.cat(losses).mean().item()
 
 
 def named_rightly(model: MonoInternVL, tok: Tokenizer, folder: Path) -> dict:
@@ -757,8 +749,8 @@ def icon_ablation(flags: train_evip.Flags, things: int, seeds: int) -> dict:
 
         row, llm = {"variant": name, "lr": lr, "seed": seed}, build()
         torch.manual_seed(seed)                    # new weights for all but the LLM
-        row |= train_variant(change, llm, tok, train, [stage], documentation_probe,
-                             lambda model, tok=tok: named_rightly(model, tok, folder))
+        row |= train_variant(change, llm, tok, train, [stage],
+                             lambda model, tok=tok: named_rightly(model, tok, folder), documentation_loss)
         print({key: value for key, value in row.items() if key != "said"}, flush=True)
         results["rows"].append(row)
         (out / "results.json").write_text(json.dumps(results, indent=1))

@@ -21,6 +21,8 @@ import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,7 @@ from benchmarks import BENCHMARKS, OWN, Tsv, aggregate, prompt, score  # noqa: F
 from checkpoint import newest_checkpoint
 from common import InputError, flag, parse_flags, rank, read_json, wait_for_all, world_size
 from data import Tokenizer, collate, encode_conversation, load_image, open_image, turns
+from icons import Pictures, plain_scene, test_questions
 from mono_internvl import MonoInternVL
 from sample import explain_out_of_memory, load_model
 from world import KINDS, TASKS, World, held_out_questions, is_correct, make_picture
@@ -66,7 +69,8 @@ def make_sample(model: MonoInternVL, tok: Tokenizer, tiles: list[Tensor], text: 
     ids, labels = encode_conversation(tok, turns(text), [len(t) for t in tiles], model.config.tokens_per_tile)
     if len(ids) >= model.config.context_length:
         raise InputError(f"{len(ids)} tokens fill the context of {model.config.context_length}")
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": torch.cat(tiles)}
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
+            "pixel_values": torch.cat(tiles) if tiles else None}
 
 
 def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
@@ -141,9 +145,11 @@ def world_accuracy(model: MonoInternVL, tok: Tokenizer, n: int, seed: int = 0) -
 
 
 def print_table(table: dict) -> None:
-    print(f"\n{'task':10}{'held-out':>10}{'blank image':>13}{'chance':>8}")
+    width, last = max(map(len, table)), "chance" if "chance" in table[next(iter(table))] else "n"
+    print(f"\n{'task':{width}}{'held-out':>10}{'blank image':>13}{last:>8}")
     for task, row in table.items():
-        print(f"{task:10}{row['accuracy']:10.1%}{row['blank']:13.1%}{row['chance']:8.1%}")
+        print(f"{task:{width}}{row['accuracy']:10.1%}{row['blank']:13.1%}"
+              + f"{row[last]:8.1%}" if last == "chance" else f"{row[last]:8}")
 
 
 def described_rightly(model: MonoInternVL, tok: Tokenizer, n: int) -> dict[str, float]:
@@ -197,6 +203,101 @@ def plot_predictions(examples: list, path) -> None:
                      color="darkgreen" if is_right else "firebrick")
     fig.tight_layout()
     fig.savefig(path, dpi=90)
+
+
+# ---------------------------------------------------------------- real pictures, a real language model
+
+TEXT_QUESTIONS = (
+    "What is the capital of France?", "Who wrote Romeo and Juliet?", "What is seven times eight?",
+    "Name three mammals.", "Write one sentence about the sea.", "What is photosynthesis?",
+    "How do I boil an egg?", "What color is the sky?", "Explain what a computer is.",
+    "Tell me a short story about a dog.")
+
+
+@torch.inference_mode()
+def documentation_loss(model: MonoInternVL, tok: Tokenizer) -> float:
+    """Loss per token on English text that every Python carries: its own documentation."""
+    texts = [text for text in topics.values() if len(text) > 1500][:32]
+    ids = torch.tensor([tok.encode(text, bos=False)[:256] for text in texts])
+    ids = ids.to(model.language_model.output.weight.device)
+    return torch.cat([model(part, labels=part, reduction="none")[1].float()
+                      for part in ids.split(8)]).mean().item()
+
+
+def ask_icons(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda image: image,
+              max_new_tokens: int = 24) -> list[str]:
+    """Greedy answers to rows of icons.test_questions. show: what the model sees instead of a picture."""
+    c, said = model.config, []
+    for start in range(0, len(rows), 64):
+        samples = []
+        for row in rows[start:start + 64]:
+            shown = [show(row["image"])] if row["image"] else []
+            tiles = [load_image(image, c.max_dynamic_patch, c.image_size) for image in shown]
+            samples.append(make_sample(model, tok, tiles, prompt("icons", row) if shown else row["question"]))
+        said += [tok.decode(ids).strip() for ids in answer_batch(model, tok, samples, max_new_tokens)]
+    return said
+
+
+def icons_accuracy(model: MonoInternVL, tok: Tokenizer, folder: Path, most: int) -> tuple[dict, list]:
+    """({file of questions, or file: category: {"accuracy", "blank", "n"}}, the answers about the names of
+    TEST_HAND's drawings as examples of plot_predictions). most: questions of a file, drawn at random."""
+    table, examples, rng = {}, [], random.Random(0)
+    for name, rows in test_questions(folder).items():
+        rows = rng.sample(rows, min(most, len(rows)))
+        for column, show in (("accuracy", lambda image: image), ("blank", blank)):
+            said = ask_icons(model, tok, rows, show)
+            result = aggregate("icons", rows, said)
+            table.setdefault(name, {"n": len(rows)})[column] = result["score"] / 100
+            for category, value in result["parts"].items():
+                part = table.setdefault(f"{name}: {category}", {
+                    "n": sum(row["category"] == category for row in rows)})
+                part[column] = value / 100
+            if (name, column) == ("names", "accuracy"):
+                examples = [(SimpleNamespace(image=row["image"]), row["question"], row["answer"], text,
+                             score("icons", row, text) == 1) for row, text in zip(rows, said, strict=True)]
+    return table, examples
+
+
+def ask_capitals(model: MonoInternVL, tok: Tokenizer, folder: Path) -> list[dict]:
+    """What the model says about the capitals of countries: asked in text alone, and in front of the flag. It
+    was never trained on capitals with pictures."""
+    pictures, capitals = Pictures(folder, "test"), read_json(Path(__file__).with_name("assets")
+                                                             / "capitals.json")
+    flags = [(thing, sources[0]) for thing, sources in pictures.drawings.items()
+             if pictures.things[thing].get("iso") in capitals]
+    rows = [{"image": pictures.draw(plain_scene(source, model.config.image_size)),
+             "country": pictures.name(thing).removeprefix("flag of "),
+             "capital": capitals[pictures.things[thing]["iso"]]} for thing, source in flags]
+    in_text = ask_icons(model, tok, [{"image": None, "question": f"What is the capital of {row['country']}?"}
+                                     for row in rows])
+    seen = ask_icons(model, tok, [row | {"question": "Which country's flag is this? What is its capital?"}
+                                  for row in rows])
+    return [{"country": row["country"], "capital": row["capital"], "in text": text, "seeing the flag": flag}
+            for row, text, flag in zip(rows, in_text, seen, strict=True)]
+
+
+def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: torch.dtype,
+                 most: int) -> dict:
+    """Examines a run of the preset icons: what each stage left of the language model, and what the last one
+    sees. Prints it, and draws RUN/predictions.png. most: as icons_accuracy has it."""
+    report = {"text loss": {}, "answers": {}}
+    for stage in stages:
+        tok = Tokenizer(run / stage)
+        model = MonoInternVL.from_pretrained(run / stage, dtype=dtype, device=device).eval()
+        report["text loss"][stage] = documentation_loss(model, tok)
+        if stage in (stages[0], stages[-1]):       # after S1.1 they are those of before training, bit for bit
+            rows = [{"image": None, "question": question} for question in TEXT_QUESTIONS]
+            report["answers"][stage] = ask_icons(model, tok, rows, max_new_tokens=64)
+    report["tasks"], examples = icons_accuracy(model, tok, data, most)
+    report["capitals"] = ask_capitals(model, tok, data)
+    known = [row for row in report["capitals"] if row["capital"] in row["in text"]]
+    print("\nloss on English documentation after", ", ".join(
+        f"{stage} {loss:.3f}" for stage, loss in report["text loss"].items()))
+    print_table(report["tasks"])
+    print(f"{len(known)} of {len(report['capitals'])} capitals are known in text; of them, "
+          f"{sum(row['capital'] in row['seeing the flag'] for row in known)} are said in front of the flag")
+    plot_predictions(random.Random(0).sample(examples, min(20, len(examples))), run / "predictions.png")
+    return report
 
 
 # ---------------------------------------------------------------- benchmarks: answers that survive a stop

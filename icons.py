@@ -393,6 +393,7 @@ class Pictures:
 # ---------------------------------------------------------------- the conversations of a stage
 
 NUMBERS = ("no", "one", "two", "three", "four")
+SCENE_TASKS = {"How": "counting", "What": "what is there", "Where": "where", "Find": "boxes"}
 PLACES = {(2, 2): ("top left", "top right", "bottom left", "bottom right"), (2, 1): ("left", "right")}
 LETTERS = "ABCD"
 CHOOSE = "Answer with the option's letter from the given choices directly."
@@ -413,16 +414,20 @@ def alt_text(pictures: Pictures, thing: int, rng: random.Random) -> str:
     return rng.choices((facts["name"], tags, foreign, other, rng.choice(OFF_TOPIC)), (5, 2, 1, 1, 1))[0]
 
 
+def yes_or_no(pictures: Pictures, thing: int, options: list[int], rng: random.Random) -> tuple[str, str]:
+    others = [option for option in options if option != thing]
+    shown = thing if rng.random() < 0.5 or not others else rng.choice(others)
+    return (f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no.",
+            "Yes" if shown == thing else "No")
+
+
 def picture_questions(pictures: Pictures, thing: int, rng: random.Random) -> list[tuple[str, str]]:
     """Questions and answers about one picture, the most important first."""
     name, facts = pictures.name(thing), pictures.things[thing]
     options = pictures.options(rng, thing)
-    others = [option for option in options if option != thing]
-    shown = thing if rng.random() < 0.5 or not others else rng.choice(others)
     questions = [("What is this?", name),
                  (choice_question(pictures, options), LETTERS[options.index(thing)]),
-                 (f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no.",
-                  "Yes" if shown == thing else "No"),
+                 yes_or_no(pictures, thing, options, rng),
                  ("What kind of thing is this?", facts["kind"])]
     if facts["group"] == "flag":
         questions.append(("Which country's flag is this?", name.removeprefix("flag of ")))
@@ -474,8 +479,8 @@ def icon_conversation(pictures: Pictures, chats: list, stage: str, rng: random.R
     else:
         questions = picture_questions(pictures, thing, rng)
         pairs = rng.sample(questions, 2)
-        if rng.random() < 0.6:                     # what it is comes first
-            pairs = [questions[0], rng.choice(questions[1:])]
+        if rng.random() < 0.6:                     # what it is comes first, then mostly a choice of four
+            pairs = [questions[0], rng.choice([questions[1], *questions[1:]])]
     if stage == "S2" and rng.random() < 0.1:       # a question that has nothing to do with the picture
         pairs.append(rng.choice(chats))
     texts = [text for pair in pairs for text in pair]
@@ -511,31 +516,47 @@ class Icons(Dataset):
                 "id": f"{self.stage}/{i}", "task": task}
 
 
-# ---------------------------------------------------------------- held-out questions as TSV files
+# ---------------------------------------------------------------- held-out questions
 
-def write_questions(folder: Path, cell: int = 48, scenes: int = 200) -> None:
-    """Writes folder/questions/*.tsv in the layout of the public benchmarks: for each picture of TEST_HAND its
-    name, a choice of four, yes or no; boxes in scenes. The files *_unseen ask about the held-out things."""
+def test_questions(folder: Path, cell: int = 48, scenes: int = 150) -> dict[str, list[dict]]:
+    """Name of a file -> rows with "image" (a picture, or None), "question", "answer", "category", and of a
+    choice the options A to D. All show drawings of TEST_HAND, but names_seen (one drawing of each trained
+    thing by another hand) and *_unseen (the things that are held out)."""
     rng, files = random.Random("questions"), defaultdict(list)
-    for split, ending in ("test", ""), ("unseen", "_unseen"):
+    for split, ending in ("test", ""), ("unseen", "_unseen"), ("train", "_seen"):
         pictures = Pictures(folder, split)
-        for thing, source in ((t, s) for t, sources in pictures.drawings.items() for s in sources):
-            name, options = pictures.name(thing), pictures.options(rng, thing)
-            others = [option for option in options if option != thing]
-            shown = thing if rng.random() < 0.5 or not others else rng.choice(others)
-            named = {letter: pictures.name(o) for letter, o in zip(LETTERS, options, strict=False)}
-            row = {"image": pictures.draw(plain_scene(source, cell)), "question": "What is this?",
+        chosen = [(thing, source) for thing, sources in pictures.drawings.items()
+                  for source in (rng.sample(sources, 1) if split == "train" else sources)]
+        for thing, source in chosen:
+            row = {"image": pictures.draw(plain_scene(source, cell)),
                    "category": pictures.things[thing]["group"]}
-            files["names" + ending].append(row | {"answer": name})
-            files["choices" + ending].append(row | named | {"answer": LETTERS[options.index(thing)]})
-            files["yesno" + ending].append(row | {
-                "question": f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no.",
-                "answer": "Yes" if shown == thing else "No"})
-        for _ in range(0 if ending else scenes):
-            pairs, scene = scene_conversation(pictures, rng, cell, 2)
-            row = {"image": pictures.draw(scene), "category": "scene"}
-            files["boxes"] += [row | {"question": q, "answer": a} for q, a in pairs if "<box>" in a][:1]
+            files["names" + ending].append(row | {"question": "What is this?",
+                                                  "answer": pictures.name(thing)})
+            if split == "train":
+                continue
+            options = pictures.options(rng, thing)
+            named = {letter: pictures.name(o) for letter, o in zip(LETTERS, options, strict=False)}
+            files["choices" + ending].append(row | named | {"question": "What is this?",
+                                                            "answer": LETTERS[options.index(thing)]})
+            question, answer = yes_or_no(pictures, thing, options, rng)
+            files["yesno" + ending].append(row | {"question": question, "answer": answer})
+    pictures = Pictures(folder, "test")
+    for _ in range(scenes):
+        pairs, scene = scene_conversation(pictures, rng, cell, 2)
+        row = {"image": pictures.draw(scene)}
+        for task, (question, answer) in {SCENE_TASKS[q.split()[0]]: (q, a) for q, a in pairs}.items():
+            files["scenes"].append(row | {"question": question, "answer": answer, "category": task})
+        word = rng.randrange(len(pictures.words))
+        scene = make_scene(rng, {0: len(pictures.pictures) + word}, 1, 1, cell)
+        files["signs"].append({"image": pictures.draw(scene), "question": "What does the sign say?",
+                               "answer": pictures.words[word][0], "category": "reading"})
+    return dict(files)
+
+
+def write_questions(folder: Path) -> None:
+    """Writes folder/questions/*.tsv in the layout of the public benchmarks."""
     (folder / "questions").mkdir(exist_ok=True)
+    files = test_questions(folder)
     for name, rows in files.items():
         with open(folder / "questions" / f"{name}.tsv", "w", newline="", encoding="utf-8") as f:
             columns = dict.fromkeys(["index", *itertools.chain(*rows)])

@@ -404,7 +404,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     # Any fused kernel except cuDNN's. That one, the first choice on Hopper since torch 2.11, makes a plan for
     # every new length of a prompt, and its gradients under a mask can be NaN (pytorch issue 196678).
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    # A CPU's fused kernel is slow in 16 bits with gradients: 35 tokens take it 2.2 times as long, 128 as long.
+    # In 16 bits, a CPU's fused kernel is slow with gradients: for 35 tokens it takes 2.2 times as long.
     short = T <= 128 and q.dtype.itemsize == 2 and torch.is_grad_enabled() and not q.is_cuda
     with sdpa_kernel(kernels[-1:] if short else kernels) if q.is_cuda or short else contextlib.nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)

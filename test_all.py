@@ -4149,9 +4149,14 @@ def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_i
     assert "`python icons.py` has prepared: --data icons" in capsys.readouterr().err
     llm, out = icon_folder / "llm", tmp_path / "out"
     flags = ["--preset=icons", f"--data={icon_folder}", f"--init_from={llm}", f"--out={out}", "--steps=2",
-             "--batch_size=4", "--grad_accum=1", "--device=cpu", "--dtype=float32", "--peak_tflops=1"]
+             "--batch_size=4", "--grad_accum=1", "--device=cpu", "--dtype=float32", "--peak_tflops=1",
+             "--eval_questions=3"]
     assert train_evip.main(flags) == 0
     report = json.loads((out / "results.json").read_text())
+    losses = report["text loss"]
+    assert losses["S1.1"] == losses["S1.2"] != losses["S1.3"] and losses["S1.3"] != losses["S2"]
+    assert report["tasks"]["names"]["n"] == 3 and (out / "predictions.png").stat().st_size > 0
+    assert {"France", "Chad"} <= {row["country"] for row in report["capitals"]}
     ids = torch.tensor([Tokenizer(llm).encode("What is a cat?")])
     before = MonoInternVL.from_llm(llm)(ids)[0]
     for stage in ("S1.1", "S1.2"):
@@ -4171,6 +4176,27 @@ def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_i
         icons.Icons(icon_folder, "S2", tok, model.config)
     tasks = {dataset[i]["task"] for i in range(60)}
     assert tasks == {"questions", "text", "reading", "scene"}
+
+
+@pytest.mark.slow
+def test_real_pictures_compare_each_variant_at_three_learning_rates_and_the_comparison_continues(
+        icon_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["ablation", f"--data={icon_folder}", "--things=6", "--steps=1", "--seeds=1", f"--out={out}"]
+    assert bench.main(command) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert len({(row["variant"], row["lr"]) for row in rows}) == len(rows) == 3 * len(bench.VARIANTS)
+    for row in rows:
+        delta = not row["variant"].startswith("full")
+        assert row["text bitwise equal"] == (row["text before"] == row["text after"]) == delta
+        assert len(row["said"]["unseen hand"]) == 6                        # two of each group
+    (out / "results.json").write_text(json.dumps(
+        json.loads((out / "results.json").read_text()) | {"rows": rows[:-1]}))
+    capsys.readouterr()
+    assert bench.main(command) == 0
+    assert capsys.readouterr().out.count("learning rate") == 1
+    again = json.loads((out / "results.json").read_text())["rows"]
+    assert again[:-1] == rows[:-1] and again[-1]["text after"] == rows[-1]["text after"]
 
 
 def test_datasets_of_a_meta_json_are_used_in_their_stages_and_vary_if_they_are_to(tmp_path):

@@ -51,7 +51,7 @@ from data import (
     sample_numbers,
     too_many_bad,
 )
-from evaluate import delta_verdict, plot_loss, plot_predictions, print_table, world_accuracy
+from evaluate import delta_verdict, icons_report, plot_loss, plot_predictions, print_table, world_accuracy
 from icons import Icons
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 from world import World, make_world_tokenizer
@@ -179,7 +179,7 @@ class Flags:
     keep: int = flag(2, "how many of these checkpoints are kept")
     peak_tflops: float | None = flag(None, "of one device, for MFU (default: a matrix product is measured)")
     dry_run: bool = flag(False, "only print the stages, the predicted memory and a batch")
-    eval_questions: int = flag(100, "held-out questions per task at the end")
+    eval_questions: int = flag(100, "held-out questions per task at the end, 1000 for all of icons")
 
 
 # What may change when an interrupted run continues: none of it changes what is learned.
@@ -785,6 +785,10 @@ def finish(out: Path, flags: Flags, ask: bool, report: dict, started: float):
         report["tasks"], examples = world_accuracy(model, Tokenizer(out / "S2"), flags.eval_questions)
         plot_predictions(examples, out / "predictions.png")
         print_table(report["tasks"])
+    if flags.preset == "icons" and (out / "S2").exists():
+        done = [stage.name for stage in ICONS if (out / stage.name).exists()]
+        report |= icons_report(out, Path(flags.data), done, flags.device, getattr(torch, flags.dtype),
+                               flags.eval_questions)
     report["seconds"] = time.time() - started
     (out / "results.json").write_text(json.dumps(report, indent=2))
     print(f"\n{report['seconds']:.0f} s. {out}/ has a checkpoint of each stage, the log and the pictures.")
