@@ -371,10 +371,19 @@ def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, prod
 # ---------------------------------------------------------------- their gradients
 
 def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Tensor | None]:
-    """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order. Only the device
-    knows how many tokens that is, so the other rows are set to zero instead of left out. They are not
-    multiplied by zero, because 0 · NaN = NaN."""
-    position = torch.arange(x.shape[0], device=x.device)[:, None]
+    """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order.
+
+    Only the device knows how many tokens an expert has. torch's grouped product reads that there, multiplies
+    no row of another expert, and needs one line. It does so for bfloat16, and on GPUs since Hopper (compute
+    capability 9 and 10); elsewhere it asks the host, which a CUDA graph cannot capture. There the other rows
+    are set to zero. They are not multiplied by zero, because 0 · NaN = NaN. So it is also done if one expert
+    learns alone, since the grouped product would compute the gradients of both.
+    """
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)          # since torch 2.10
+    if grouped_mm and all(wanted) and len(x) and x.dtype == torch.bfloat16 and (
+            x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)):
+        return list(grouped_mm(dy.T, x, offs=counts.cumsum(0, dtype=torch.int32)))
+    position = torch.arange(len(x), device=x.device)[:, None]
     experts = position < counts[0], (position >= counts[0]) & (position < counts.sum())
     return [torch.where(e, dy, 0).T @ torch.where(e, x, 0) if want else None
             for e, want in zip(experts, wanted, strict=True)]
@@ -415,8 +424,9 @@ def _swiglu_backward(ctx, dh):
         dx = _linear(d_gate, w1_text.T, w1_visual.T, *routed, None, False, True, ctx.tile_config)
         dx = _linear(d_up, w3_text.T, w3_visual.T, *routed, dx, False, True, ctx.tile_config)
     if any(need[1:5]):
-        dw1 = _weight_gradients(d_gate, x[permutation], counts, (need[1], need[3]))
-        dw3 = _weight_gradients(d_up, x[permutation], counts, (need[2], need[4]))
+        x_routed = x[permutation]
+        dw1 = _weight_gradients(d_gate, x_routed, counts, (need[1], need[3]))
+        dw3 = _weight_gradients(d_up, x_routed, counts, (need[2], need[4]))
     return dx, dw1[0], dw3[0], dw1[1], dw3[1], None, None, None
 
 

@@ -3061,12 +3061,27 @@ def test_gradients_equal_those_of_the_float64_reference(device, dtype, gather, s
                 assert (t.grad.cpu().double() - r.grad).norm() <= 2 * torch.finfo(dtype).eps * r.grad.norm()
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch before 2.10")
+@pytest.mark.parametrize("dtype, capability, wanted, grouped", [
+    (torch.bfloat16, (9, 0), (True, True), True), (torch.bfloat16, (10, 0), (True, True), True),
+    (torch.bfloat16, (8, 0), (True, True), False), (torch.bfloat16, (12, 0), (True, True), False),
+    (torch.float16, (9, 0), (True, True), False), (torch.bfloat16, (9, 0), (False, True), False)])
+def test_weight_gradients_on_a_gpu_never_ask_the_host(monkeypatch, dtype, capability, wanted, grouped):
+    """Meta tensors hold no numbers, so whoever asks for one fails. torch's product would on other GPUs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dy, x, counts = (torch.empty(size, device="meta") for size in ((70, 24), (70, 40), 2))
+    with unittest.mock.patch.object(F, "grouped_mm", wraps=F.grouped_mm) as product:
+        dw = moe_kernel._weight_gradients(dy.to(dtype), x.to(dtype), counts.long(), wanted)
+    assert product.called == grouped
+    assert [w is not None and w.shape == (24, 40) and w.dtype == dtype for w in dw] == [*wanted]
+
+
 @pytest.mark.slow
 @on_every_device
-@pytest.mark.parametrize("n", [0, 37])
-def test_operators_pass_opcheck(device, n):
+@pytest.mark.parametrize("n, dtype", [(0, torch.float32), (37, torch.float32), (37, torch.bfloat16)])
+def test_operators_pass_opcheck(device, n, dtype):
     labels = torch.arange(n, device=device).remainder(3).to(torch.uint8)
-    tensors = random_tensors((n, 24), (n, 40), *[(40, 24)] * 4, device=device)
+    tensors = random_tensors((n, 24), (n, 40), *[(40, 24)] * 4, dtype=dtype, device=device)
     (x, residual, *w), routed = (t.requires_grad_() for t in tensors), moe_kernel.route(labels)
     for operator, inputs in ((OPERATORS.moe_route, (labels,)), (OPERATORS.moe_swiglu, (x, *w, *routed, 0)),
                              (OPERATORS.moe_linear, (x, w[0], w[1], *routed, residual, True, True, 0)),
