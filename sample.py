@@ -31,7 +31,7 @@ import data
 from budget import peak_memory
 from checkpoint import newest_checkpoint
 from common import InputError, auto_device, flag, parse_flags
-from data import JsonlDataset, TextStream, Tokenizer, collate, encode_conversation, load_image, turns
+from data import JsonlDataset, TextStream, Tokenizer, collate, encode_conversation, turns
 from generate import KVCache, check_options
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 
@@ -134,7 +134,7 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
     stream, answer, times = TextStream(tok, skip_special_tokens=False), [], [time.perf_counter()]
     with contextlib.suppress(KeyboardInterrupt), explain_out_of_memory(f"lower {LESS_MEMORY}"):
         for token in model.generate(
-                torch.tensor([input_ids]), torch.cat(tiles).to(device) if tiles else None,
+                torch.tensor([input_ids]), data.normalise(torch.cat(tiles).to(device)) if tiles else None,
                 kv_cache=cache, num_tokens=len(tok), **options):
             times.append(time.perf_counter())
             if int(token) in options["eos_token_id"]:
@@ -177,9 +177,9 @@ def draw_boxes(picture: Image.Image, answer: str, output: str):
 
 def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
          load: Callable[[str], torch.Tensor], flags: Flags):
-    """Reads messages until the end of input. images, (n_tiles, 3, S, S) each, belong to the next message. All
-    turns share a cache. The prompt of a turn begins with the tokens of the conversation so far, so the model
-    reads only what is new."""
+    """Reads messages until the end of input. images, (n_tiles, 3, S, S) uint8 each, belong to the next
+    message. All turns share a cache. The prompt of a turn begins with the tokens of the conversation so far,
+    so the model reads only what is new."""
     print(GREETING, file=sys.stderr)
     cache, ids, tiles = KVCache(model.config), [], []          # tokens and tiles of the conversation so far
     with contextlib.suppress(ImportError):
@@ -279,7 +279,7 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict], flags
     device, options = next(model.parameters()).device, generate_options(tok, flags)
     del batch["labels"]
     if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
-        batch["pixel_values"] = batch["pixel_values"].to(device)
+        batch["pixel_values"] = data.normalise(batch["pixel_values"].to(device))
     if flags.seed is not None:                     # a seed for each row: as if each were asked alone
         options["seed"] = [flags.seed] * len(samples)
     with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
@@ -407,7 +407,7 @@ def run(flags: Flags):
     for name, value in {**vars(flags), "max_tiles": max_tiles}.items():
         if name in ("batch_size", "max_tiles", "max_new_tokens", "max_pixels") and value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
-    load = partial(load_image, max_tiles=max_tiles, image_size=config.image_size,
+    load = partial(data.load_tiles, max_tiles=max_tiles, image_size=config.image_size,
                    use_thumbnail=config.use_thumbnail, min_tiles=min(max_tiles, config.min_dynamic_patch),
                    max_pixels=flags.max_pixels)
     images = [load(path) for path in flags.image]  # before the weights: a wrong name shows at once
