@@ -67,7 +67,8 @@ class Flags:
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
     prefill_chunk: int | None = flag(4096, "tokens of the prompt read at a time: bounds memory")
     cuda_graphs: bool = flag(True, "on a GPU, replay decoding steps as CUDA graphs")
-    compile: bool = flag(False, "compile the decoding step: a minute at the start, then faster on a GPU")
+    compile: bool | None = flag(None, "compile the decoding step: a minute first, then faster on a GPU; "
+                                "None: for a chat or a file of questions on a GPU")
 
 
 @contextlib.contextmanager
@@ -81,6 +82,11 @@ def explain_out_of_memory(advice: str):
         raise InputError(f"out of memory; {advice}") from None
 
 
+def compiles(flags: Flags, device_type: str) -> bool:
+    """Whether the decoding step is compiled. One question would wait a minute for it."""
+    return flags.compile if flags.compile is not None else device_type == "cuda" and flags.prompt is None
+
+
 def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
     name = flags.device if flags.device != "auto" else auto_device()
     try:
@@ -92,7 +98,8 @@ def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
         model = MonoInternVL.from_pretrained(folder, getattr(torch, dtype), device).eval()
     if len(tok) > model.config.vocab_size:
         raise InputError(f"{folder}'s tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
-    model.moe, model.cuda_graphs, model.compile_decode = flags.moe, flags.cuda_graphs, flags.compile
+    model.moe, model.cuda_graphs = flags.moe, flags.cuda_graphs
+    model.compile_decode = compiles(flags, device.type)
     return model
 
 

@@ -2090,13 +2090,14 @@ class Flags:
     image: list[str] = flag([], "files")
     moe: str = flag("auto", "back end", choices=["auto", "dense"])
     sizes: list[int] = flag([1, 2], "widths")
+    graphs: bool | None = None
 
 
 @pytest.mark.parametrize("argv, expected", [
     ("", Flags(3, 1e-3, True, None, [], "auto", [1, 2])), ("--help", "widths (default: [1, 2])"),
     ("--image a --sizes 3 --image b c --sizes 4 5", Flags(image=["a", "b", "c"], sizes=[3, 4, 5])),
-    ("--steps=4 --lr 1 --no-compile --top_k 5 --image a b --moe dense",
-     Flags(4, 1.0, False, 5, ["a", "b"], "dense")),
+    ("--steps=4 --lr 1 --no-compile --top_k 5 --image a b --moe dense --graphs",
+     Flags(4, 1.0, False, 5, ["a", "b"], "dense", graphs=True)), ("--no-graphs", Flags(graphs=False)),
     ("--setps 4", "unknown argument --setps; did you mean --steps?"), ("--step 4", "did you mean --steps?"),
     ("--top-k=4", "unknown argument --top-k; did you mean --top_k?"), ("--xyz", "unknown argument --xyz "),
     ("--steps x", "invalid int value"), ("--moe fast", "invalid choice"), ("--help", "{auto,dense}"),
@@ -2340,6 +2341,15 @@ def listen(patch, scripts=()) -> list:
             yield torch.tensor(tokens[-1])
     patch.setattr(MonoInternVL, "generate", wrapper)
     return calls
+
+
+@pytest.mark.parametrize("argv, on_a_gpu, on_a_cpu", [
+    ("", True, False), ("--input a.jsonl --output b.jsonl", True, False), ("--prompt hi", False, False),
+    ("--prompt=", False, False), ("--no-compile", False, False), ("--prompt hi --compile", True, True)])
+def test_a_chat_or_a_file_of_questions_on_a_gpu_is_compiled_unless_a_flag_says_otherwise(
+        argv, on_a_gpu, on_a_cpu):
+    flags = parse_flags(sample.Flags, argv.split())
+    assert [sample.compiles(flags, kind) for kind in ("cuda", "cpu", "mps")] == [on_a_gpu, on_a_cpu, on_a_cpu]
 
 
 @functools.cache
