@@ -84,7 +84,7 @@ def parse_flags(flags: type, argv: Sequence[str] | None = None, description: str
                    "default": f.default if f.default_factory is MISSING else f.default_factory(),
                    "required": f.default is f.default_factory is MISSING}
         kind = hints[f.name]
-        if kind is bool:
+        if bool in (kind, *typing.get_args(kind)):                         # bool, or bool | None
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
             options |= {"type": typing.get_args(kind)[0], "nargs": "+", "action": "extend"}

@@ -358,20 +358,34 @@ def tile_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use
     return tiles
 
 
-def load_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use_thumbnail: bool = True,
+def load_tiles(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use_thumbnail: bool = True,
                min_tiles: int = 1, augment: random.Random | None = None,
                max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """The tiles of tile_image as (n_tiles, 3, image_size, image_size) float32, normalised with the mean and
-    deviation of ImageNet. With augment, each tile first goes through JPEG of a quality drawn from 75 to 100
-    [repo: build_transform]. Raises InputError like tile_image."""
+    """The tiles of tile_image as (n_tiles, 3, image_size, image_size) uint8. With augment, each tile first
+    goes through JPEG of a quality drawn from 75 to 100 [repo: build_transform]. Raises InputError like
+    tile_image."""
     tiles = tile_image(image, max_tiles, image_size, use_thumbnail, min_tiles, max_pixels)
     for i, tile in enumerate(tiles if augment else ()):
         tile.save(file := io.BytesIO(), "JPEG", quality=augment.randint(75, 100))
         tiles[i] = open_image(file)
-    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))          # (n, S, S, 3) uint8
-    pixels = pixels.permute(0, 3, 1, 2).contiguous().float() / 255                     # (n, 3, S, S)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
+    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))          # (n, S, S, 3)
+    return pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def normalise(tiles: torch.Tensor) -> torch.Tensor:
+    """(n_tiles, 3, S, S) uint8 -> float32 with the mean and deviation of ImageNet, as the model takes it.
+    Files and batches hold uint8, a quarter of the bytes, and it is called where the model is."""
+    # Tensors divide, not numbers: to divide by a number, CUDA multiplies by its reciprocal, which may change
+    # the last bit.
+    constants = torch.tensor([(255.0, 255.0, 255.0), IMAGENET_MEAN, IMAGENET_STD])
+    white, mean, std = constants.to(tiles.device, non_blocking=True)[..., None, None]  # (3, 1, 1) each
+    return tiles.float().div_(white).sub_(mean).div_(std)
+
+
+def load_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, *options,
+               **named_options) -> torch.Tensor:
+    """load_tiles, normalised: (n_tiles, 3, image_size, image_size) float32, what the model takes."""
+    return normalise(load_tiles(image, max_tiles, image_size, *options, **named_options))
 
 
 def paste(canvas: Image.Image, image: Image.Image, left: int, top: int, width: int, height: int,
@@ -407,7 +421,7 @@ class JsonlDataset(Dataset):
     ["a.jpg", ...], "conversations": [{"from": "human" | "gpt", "value": "...<image>..."}, ...]}, without
     "image" for text alone. `root` is the folder of the images.
 
-    A sample is {"input_ids", "labels": (T,) int64, "pixel_values": (n_tiles, 3, S, S) float32 or None, "id",
+    A sample is {"input_ids", "labels": (T,) int64, "pixel_values": (n_tiles, 3, S, S) uint8 or None, "id",
     "task"}. It is read when it is asked for. Memory holds only where each line begins, 16 bytes per line.
 
     repeat_time 2.5 gives every sample twice and a random half of them, by seed, once more [ours: the official
@@ -534,7 +548,7 @@ class JsonlDataset(Dataset):
         if self.vary:
             images = [change_lightly(image, rng, self.max_pixels) for image in images]
         c, share = self.config, max(1, self.max_tiles // max(1, len(images)))
-        tiles = [load_image(image, share, c.image_size, c.use_thumbnail, min(share, c.min_dynamic_patch),
+        tiles = [load_tiles(image, share, c.image_size, c.use_thumbnail, min(share, c.min_dynamic_patch),
                             rng if self.augment else None, self.max_pixels) for image in images]
         input_ids, labels = encode_conversation(self.tok, line.get("conversations"), [len(t) for t in tiles],
                                                 c.tokens_per_tile)
@@ -689,9 +703,9 @@ def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = 
 
 def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) -> dict:
     """Samples, or rows of `pack`, -> a batch: input_ids and labels (B, T) int64; attention_mask (B, T), 0 at
-    pads, or None without pads, because the model is then faster; pixel_values (n_tiles, 3, S, S) of all rows
-    in order, or None; with packed rows document_ids (B, T), 0 at pads. left: pads come first, as generate
-    needs it."""
+    pads, or None without pads, because the model is then faster; pixel_values (n_tiles, 3, S, S) uint8, all
+    rows' tiles in order, or None; with packed rows document_ids (B, T), 0 at pads. left: pads come first, as
+    generate needs it."""
     def pad(sequences: list[torch.Tensor], value: int) -> torch.Tensor:
         return pad_sequence(sequences, True, value, "left" if left else "right")
 

@@ -35,7 +35,7 @@ import benchmarks
 from benchmarks import BENCHMARKS, OWN, Tsv, aggregate, prompt, score  # noqa: F401   (score is for importers)
 from checkpoint import newest_checkpoint
 from common import InputError, flag, parse_flags, rank, read_json, wait_for_all, world_size
-from data import Tokenizer, collate, encode_conversation, load_image, open_image, turns
+from data import Tokenizer, collate, encode_conversation, load_tiles, normalise, open_image, turns
 from icons import Pictures, plain_scene, test_questions
 from mono_internvl import MonoInternVL
 from sample import explain_out_of_memory, load_model
@@ -65,7 +65,7 @@ class Flags:
 
 
 def make_sample(model: MonoInternVL, tok: Tokenizer, tiles: list[Tensor], text: str) -> dict:
-    """A question with its <image> marks, for collate. tiles: (n_tiles, 3, S, S) for each image."""
+    """A question with its <image> marks, for collate. tiles: (n_tiles, 3, S, S) uint8 for each image."""
     ids, labels = encode_conversation(tok, turns(text), [len(t) for t in tiles], model.config.tokens_per_tile)
     if len(ids) >= model.config.context_length:
         raise InputError(f"{len(ids)} tokens fill the context of {model.config.context_length}")
@@ -80,7 +80,7 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
     batch = collate(samples, tok.pad_id, left=True)
     del batch["labels"]
     if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
-        batch["pixel_values"] = batch["pixel_values"].to(device)
+        batch["pixel_values"] = normalise(batch["pixel_values"].to(device))
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=end, prefill_chunk=4096,
                             num_tokens=len(tok))
     rows = torch.stack(list(tokens), 1).tolist()
@@ -90,7 +90,7 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
 # ---------------------------------------------------------------- the embedded world
 
 def answer(model: MonoInternVL, tok: Tokenizer, asked: list[tuple[Tensor, str]]) -> list[str]:
-    """Greedy answers to (pixel_values (n_tiles, 3, S, S), question) pairs, in one batch."""
+    """Greedy answers to (tiles (n_tiles, 3, S, S) uint8, question) pairs, in one batch."""
     samples = [make_sample(model, tok, [pixels], "<image>\n" + question) for pixels, question in asked]
     return [tok.decode(ids, skip_special_tokens=False) for ids in answer_batch(model, tok, samples, 48)]
 
@@ -132,7 +132,7 @@ def world_accuracy(model: MonoInternVL, tok: Tokenizer, n: int, seed: int = 0) -
         questions = held_out_questions(task, n, seed)
         table[task] = {"chance": chance}
         for column, shown in (("accuracy", lambda image: image), ("blank", blank)):
-            pixels = [load_image(shown(picture.image), c.max_dynamic_patch, c.image_size)
+            pixels = [load_tiles(shown(picture.image), c.max_dynamic_patch, c.image_size)
                       for picture, _, _ in questions]
             answers = answer(model, tok, [(x, q) for x, (_, q, _) in zip(pixels, questions, strict=True)])
             right = [is_correct(task, a, truth) for a, (_, _, truth) in zip(answers, questions, strict=True)]
@@ -161,7 +161,7 @@ def described_rightly(model: MonoInternVL, tok: Tokenizer, n: int) -> dict[str, 
     c, shares, rng = model.config, {}, random.Random("test")
     pictures = [make_picture(rng, kind, "test") for kind in KINDS for _ in range(n)]
     for column, shown in (("right", lambda image: image), ("blank", blank)):
-        answers = answer(model, tok, [(load_image(shown(picture.image), c.max_dynamic_patch, c.image_size),
+        answers = answer(model, tok, [(load_tiles(shown(picture.image), c.max_dynamic_patch, c.image_size),
                                        "Describe the image.") for picture in pictures])
         pairs = zip(answers, pictures, strict=True)
         shares[column] = sum(facts(a) == facts(picture.text) for a, picture in pairs) / len(pictures)
@@ -232,7 +232,7 @@ def ask_icons(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda
         samples = []
         for row in rows[start:start + 64]:
             shown = [show(row["image"])] if row["image"] else []
-            tiles = [load_image(image, c.max_dynamic_patch, c.image_size) for image in shown]
+            tiles = [load_tiles(image, c.max_dynamic_patch, c.image_size) for image in shown]
             samples.append(make_sample(model, tok, tiles, prompt("icons", row) if shown else row["question"]))
         said += [tok.decode(ids).strip() for ids in answer_batch(model, tok, samples, max_new_tokens)]
     return said
@@ -346,7 +346,7 @@ def answer_window(model: MonoInternVL, tok: Tokenizer, tsv: Tsv, window: range, 
             if benchmark.startswith("MMMU"):       # [K] enlarges the first picture
                 first = open_image(images[0])
                 images[0] = first.resize((2 * first.width, 2 * first.height), Image.Resampling.BILINEAR)
-            tiles = [load_image(image, b.tiles or c.max_dynamic_patch, c.image_size) for image in images]
+            tiles = [load_tiles(image, b.tiles or c.max_dynamic_patch, c.image_size) for image in images]
             samples.append({**make_sample(model, tok, tiles, prompt(benchmark, row, flags.plain)), "row": i})
         except InputError as e:
             found[i] = {"prediction": None, "error": str(e)}

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from common import InputError, flag, parse_flags, read_json
-from data import Tokenizer, collate, encode_conversation, load_image, paste, turns
+from data import Tokenizer, collate, encode_conversation, load_tiles, paste, turns
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 
 FLAG_HANDS = ("flag", "flagpack", "circle-flags", "cif")                   # they call flags by ISO codes
@@ -507,7 +507,7 @@ class Icons(Dataset):
     def __getitem__(self, i: int) -> dict:
         (conversation, scene, task), c, tiles = self.describe(i), self.config, None
         if scene is not None:
-            tiles = load_image(self.pictures.draw(scene), self.max_tiles, c.image_size)
+            tiles = load_tiles(self.pictures.draw(scene), self.max_tiles, c.image_size)
         # Captions come without the system message, which would be half of their tokens.
         system = "" if self.stage in ("S1.1", "S1.2") else None
         ids, labels = encode_conversation(self.tok, conversation, [] if tiles is None else [len(tiles)],

@@ -31,7 +31,7 @@ import data
 from budget import peak_memory
 from checkpoint import newest_checkpoint
 from common import InputError, auto_device, flag, parse_flags
-from data import JsonlDataset, TextStream, Tokenizer, collate, encode_conversation, load_image, turns
+from data import JsonlDataset, TextStream, Tokenizer, collate, encode_conversation, turns
 from generate import KVCache, check_options
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 
@@ -67,7 +67,8 @@ class Flags:
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
     prefill_chunk: int | None = flag(4096, "tokens of the prompt read at a time: bounds memory")
     cuda_graphs: bool = flag(True, "on a GPU, replay decoding steps as CUDA graphs")
-    compile: bool = flag(False, "compile the decoding step: a minute at the start, then faster on a GPU")
+    compile: bool | None = flag(None, "compile the decoding step: a minute first, then faster on a GPU; "
+                                "None: for a chat or a file of questions on a GPU")
 
 
 @contextlib.contextmanager
@@ -81,6 +82,11 @@ def explain_out_of_memory(advice: str):
         raise InputError(f"out of memory; {advice}") from None
 
 
+def compiles(flags: Flags, device_type: str) -> bool:
+    """Whether the decoding step is compiled. One question would wait a minute for it."""
+    return flags.compile if flags.compile is not None else device_type == "cuda" and flags.prompt is None
+
+
 def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
     name = flags.device if flags.device != "auto" else auto_device()
     try:
@@ -92,7 +98,8 @@ def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
         model = MonoInternVL.from_pretrained(folder, getattr(torch, dtype), device).eval()
     if len(tok) > model.config.vocab_size:
         raise InputError(f"{folder}'s tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
-    model.moe, model.cuda_graphs, model.compile_decode = flags.moe, flags.cuda_graphs, flags.compile
+    model.moe, model.cuda_graphs = flags.moe, flags.cuda_graphs
+    model.compile_decode = compiles(flags, device.type)
     return model
 
 
@@ -134,7 +141,7 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
     stream, answer, times = TextStream(tok, skip_special_tokens=False), [], [time.perf_counter()]
     with contextlib.suppress(KeyboardInterrupt), explain_out_of_memory(f"lower {LESS_MEMORY}"):
         for token in model.generate(
-                torch.tensor([input_ids]), torch.cat(tiles).to(device) if tiles else None,
+                torch.tensor([input_ids]), data.normalise(torch.cat(tiles).to(device)) if tiles else None,
                 kv_cache=cache, num_tokens=len(tok), **options):
             times.append(time.perf_counter())
             if int(token) in options["eos_token_id"]:
@@ -177,9 +184,9 @@ def draw_boxes(picture: Image.Image, answer: str, output: str):
 
 def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
          load: Callable[[str], torch.Tensor], flags: Flags):
-    """Reads messages until the end of input. images, (n_tiles, 3, S, S) each, belong to the next message. All
-    turns share a cache. The prompt of a turn begins with the tokens of the conversation so far, so the model
-    reads only what is new."""
+    """Reads messages until the end of input. images, (n_tiles, 3, S, S) uint8 each, belong to the next
+    message. All turns share a cache. The prompt of a turn begins with the tokens of the conversation so far,
+    so the model reads only what is new."""
     print(GREETING, file=sys.stderr)
     cache, ids, tiles = KVCache(model.config), [], []          # tokens and tiles of the conversation so far
     with contextlib.suppress(ImportError):
@@ -279,7 +286,7 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict], flags
     device, options = next(model.parameters()).device, generate_options(tok, flags)
     del batch["labels"]
     if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
-        batch["pixel_values"] = batch["pixel_values"].to(device)
+        batch["pixel_values"] = data.normalise(batch["pixel_values"].to(device))
     if flags.seed is not None:                     # a seed for each row: as if each were asked alone
         options["seed"] = [flags.seed] * len(samples)
     with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
@@ -407,7 +414,7 @@ def run(flags: Flags):
     for name, value in {**vars(flags), "max_tiles": max_tiles}.items():
         if name in ("batch_size", "max_tiles", "max_new_tokens", "max_pixels") and value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
-    load = partial(load_image, max_tiles=max_tiles, image_size=config.image_size,
+    load = partial(data.load_tiles, max_tiles=max_tiles, image_size=config.image_size,
                    use_thumbnail=config.use_thumbnail, min_tiles=min(max_tiles, config.min_dynamic_patch),
                    max_pixels=flags.max_pixels)
     images = [load(path) for path in flags.image]  # before the weights: a wrong name shows at once

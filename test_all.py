@@ -95,6 +95,8 @@ from data import (
     encode_conversation,
     load_image,
     load_meta,
+    load_tiles,
+    normalise,
     pack,
     tile_image,
 )
@@ -1574,6 +1576,15 @@ def test_pixels_are_the_official_ones():
             load_image(image, most)
 
 
+@on_every_device
+def test_pixels_are_normalised_to_the_same_bits_on_every_device(device):
+    tiles = torch.arange(256, dtype=torch.uint8).expand(2, 3, 4, 256)
+    pixels, values = normalise(tiles.to(device)).cpu(), np.arange(256, dtype=np.float32) / np.float32(255)
+    assert pixels.dtype == torch.float32 and pixels.shape == tiles.shape
+    for i, (mean, std) in enumerate(zip(data.IMAGENET_MEAN, data.IMAGENET_STD, strict=True)):
+        assert (pixels[:, i].numpy() == (values - np.float32(mean)) / np.float32(std)).all()
+
+
 GREY = Image.open(PICTURE).convert("L")
 GREY.putpixel((0, 0), 255)                         # its largest value is white in every depth
 GREY_VALUES = np.asarray(GREY)
@@ -1752,7 +1763,7 @@ def test_a_dataset_gives_what_its_lines_or_shards_say(
     expected = [([PICTURE, small], two), ([], text), ([small], one)]
     for i, (name, (pictures, turns)) in enumerate(zip(names * 3, expected * 3, strict=True)):
         most = (own_tiles or 5 if i < 3 else 5) // max(1, len(pictures))   # the images share a budget
-        tiles = [load_image(picture, most, 56, thumbnail, min(fewest, most)) for picture in pictures]
+        tiles = [load_tiles(picture, most, 56, thumbnail, min(fewest, most)) for picture in pictures]
         ids, labels = encode_conversation(TOK, turns, [len(t) for t in tiles], SMALL.tokens_per_tile)
         assert_same(samples[i], {
             "id": name, "task": "a" if i < 3 else "b", "input_ids": torch.tensor(ids),
@@ -1776,7 +1787,7 @@ def test_images_of_a_shard_come_as_its_json_names_them_or_else_in_the_order_of_t
     files = {"part/7.json": json.dumps(line).encode(), **pictures}
     write_shard(tmp_path / "a.tar", files)
     sample = data.TarDataset([f"{tmp_path}/a.tar"], TOK, SMALL, max_tiles=3)[0]
-    tiles = [load_image(tmp_path / f"{file}.png", 1, 56) for file in shown]
+    tiles = [load_tiles(tmp_path / f"{file}.png", 1, 56) for file in shown]
     assert torch.equal(sample["pixel_values"], torch.cat(tiles))
     if names and "other.png" not in names:         # if one is named, all that are named must exist
         for wrong in ("7.3.png", names[0] + "x", f"another/{names[0]}"):
@@ -1826,7 +1837,7 @@ def test_fractions_of_a_dataset_and_the_jpeg_of_data_augment_are_drawn_by_the_se
     quality_of = {}                                # pixels of a tile -> the quality of JPEG that gives them
     for tile, quality in itertools.product(tile_image(PICTURE, 6, 56), range(75, 101)):
         tile.save(file := io.BytesIO(), "JPEG", quality=quality)
-        quality_of[load_image(Image.open(file), 1, 56).numpy().tobytes()] = quality
+        quality_of[load_tiles(Image.open(file), 1, 56).numpy().tobytes()] = quality
     samples = [[load_meta(meta, TOK, SMALL, seed=seed)[i] for i in range(8)] for seed in (0, 0, 1)]
     ids, again, other = ([s["id"] for s in eight] for eight in samples)
     assert ids == again != other and max(ids) > 8
@@ -2048,7 +2059,7 @@ def test_a_file_cut_or_damaged_or_with_any_json_value_loads_or_is_one_line_that_
        st.booleans())
 def test_rows_are_packed_and_padded_on_the_side_asked_for_and_only_if_needed(sizes, left, packed):
     samples = [{"input_ids": torch.arange(n) + 10, "labels": torch.arange(n) + 20,
-                "pixel_values": torch.full((tiles, 3, 2, 2), float(i)) if tiles else None}
+                "pixel_values": torch.full((tiles, 3, 2, 2), i, dtype=torch.uint8) if tiles else None}
                for i, (n, tiles) in enumerate(sizes)]
     rows = [samples[i // 2:i + 1] if packed else [s] for i, s in enumerate(samples)]
     lengths, number = [sum(len(s["labels"]) for s in row) for row in rows], itertools.count()
@@ -2079,13 +2090,14 @@ class Flags:
     image: list[str] = flag([], "files")
     moe: str = flag("auto", "back end", choices=["auto", "dense"])
     sizes: list[int] = flag([1, 2], "widths")
+    graphs: bool | None = None
 
 
 @pytest.mark.parametrize("argv, expected", [
     ("", Flags(3, 1e-3, True, None, [], "auto", [1, 2])), ("--help", "widths (default: [1, 2])"),
     ("--image a --sizes 3 --image b c --sizes 4 5", Flags(image=["a", "b", "c"], sizes=[3, 4, 5])),
-    ("--steps=4 --lr 1 --no-compile --top_k 5 --image a b --moe dense",
-     Flags(4, 1.0, False, 5, ["a", "b"], "dense")),
+    ("--steps=4 --lr 1 --no-compile --top_k 5 --image a b --moe dense --graphs",
+     Flags(4, 1.0, False, 5, ["a", "b"], "dense", graphs=True)), ("--no-graphs", Flags(graphs=False)),
     ("--setps 4", "unknown argument --setps; did you mean --steps?"), ("--step 4", "did you mean --steps?"),
     ("--top-k=4", "unknown argument --top-k; did you mean --top_k?"), ("--xyz", "unknown argument --xyz "),
     ("--steps x", "invalid int value"), ("--moe fast", "invalid choice"), ("--help", "{auto,dense}"),
@@ -2329,6 +2341,15 @@ def listen(patch, scripts=()) -> list:
             yield torch.tensor(tokens[-1])
     patch.setattr(MonoInternVL, "generate", wrapper)
     return calls
+
+
+@pytest.mark.parametrize("argv, on_a_gpu, on_a_cpu", [
+    ("", True, False), ("--input a.jsonl --output b.jsonl", True, False), ("--prompt hi", False, False),
+    ("--prompt=", False, False), ("--no-compile", False, False), ("--prompt hi --compile", True, True)])
+def test_a_chat_or_a_file_of_questions_on_a_gpu_is_compiled_unless_a_flag_says_otherwise(
+        argv, on_a_gpu, on_a_cpu):
+    flags = parse_flags(sample.Flags, argv.split())
+    assert [sample.compiles(flags, kind) for kind in ("cuda", "cpu", "mps")] == [on_a_gpu, on_a_cpu, on_a_cpu]
 
 
 @functools.cache
@@ -3514,7 +3535,7 @@ def test_a_file_is_read_and_a_question_is_asked_as_the_toolkit_does(case, tmp_pa
         raise InputError("enough")
 
     monkeypatch.setattr(evaluate, "make_sample", record)
-    monkeypatch.setattr(evaluate, "load_image", lambda picture, max_tiles, image_size: (
+    monkeypatch.setattr(evaluate, "load_tiles", lambda picture, max_tiles, image_size: (
         data.open_image(picture).width, max_tiles))
     evaluate.answer_window(SimpleNamespace(config=SMALL), TOK, tsv, range(len(tsv.rows)), case["benchmark"],
                            evaluate.Flags(), unittest.mock.Mock())
@@ -4226,7 +4247,7 @@ def test_datasets_of_a_meta_json_are_used_in_their_stages_and_vary_if_they_are_t
                     "S1.3": ["all", "late"], "S2": ["all", "late"]}
     once, again, other = ([load_meta(meta, TOK, SMALL, 1, seed=seed)[8 + i]["pixel_values"] for i in range(8)]
                           for seed in (0, 0, 1))
-    plain, means = load_image(PICTURE, 1, 56), {t.mean().item() for t in once}
+    plain, means = load_tiles(PICTURE, 1, 56), {t.float().mean().item() for t in once}
     assert all(map(torch.equal, once, again)) and len(means) == 8
     assert not any(torch.equal(a, b) for a, b in itertools.product(once, [plain, *other]))
     assert torch.equal(load_meta(meta, TOK, SMALL, 1)[0]["pixel_values"], plain)
@@ -4565,7 +4586,9 @@ def test_training_equals_a_loop_written_out_sample_by_sample(name, changes, worl
             labels, tokens = (one["labels"][1:] != IGNORED).sum().item(), len(one["input_ids"])
             visual = (one["input_ids"] == c.img_context_token_id).sum().item()
             losses, n = by_task.get(one["task"], (0, 0))
-            by_task[one["task"]] = losses + oracle(**collate([one]))[1] * labels, n + labels
+            tiles = one["pixel_values"]
+            inputs = collate([one]) | {"pixel_values": None if tiles is None else normalise(tiles)}
+            by_task[one["task"]] = losses + oracle(**inputs)[1] * labels, n + labels
             amounts = {"text": tokens - visual, "visual": visual, "labels": labels, "pairs": tokens ** 2 / 2}
             total["tokens"] += tokens
             total["visual"] += visual
@@ -4771,7 +4794,7 @@ def test_a_run_that_cannot_start_says_why_in_one_line(arguments, message, tmp_pa
 def test_a_loss_that_is_no_number_stops_the_training_and_names_its_samples(world_tok, tmp_path):
     model = learner(world_tok)
     samples = [World("S1.2", world_tok, model.config)[i] for i in range(8)]
-    samples[5]["pixel_values"].fill_(math.nan)
+    samples[5]["pixel_values"] = samples[5]["pixel_values"] * math.nan     # no uint8 any more
     with pytest.raises(InputError, match=r"loss of S1.2 is nan at step \d, .* these samples: S1.2/5$"):
         train_evip.train_stage(model, samples, stage_of("S1.2"), tiny_flags(pool=1),
                                train_evip.Progress(tmp_path / "log.jsonl"), world_tok)

@@ -48,6 +48,7 @@ from data import (
     batch_as_text,
     count_tokens,
     load_meta,
+    normalise,
     sample_numbers,
     too_many_bad,
 )
@@ -316,8 +317,10 @@ def next_batches(source, batches: Batches, accum: int, flags: Flags) -> tuple[li
 
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:
-    """A copy to a GPU from pinned memory does not make the host wait."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+    """A copy to a GPU from pinned memory does not make the host wait. Tiles travel as uint8, a quarter of the
+    bytes, and become what the model takes on the device."""
+    t = t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+    return normalise(t) if t.dtype == torch.uint8 else t
 
 
 def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stage: Stage,
@@ -327,10 +330,11 @@ def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stag
     device, c, token_losses = torch.device(flags.device), model.config, []
     fsdp = isinstance(model, FSDPModule)
     for i, m in enumerate(micro):
-        # Checked before the copy: what the host has to know, it need not ask the GPU.
-        sizes = model.check_inputs(m["input_ids"], m["pixel_values"], m["attention_mask"], m["labels"],
-                                   m.get("document_ids"))
         inputs = {k: to_device(v, device) for k, v in m.items() if isinstance(v, Tensor)}
+        # What the host has to know, it reads from the CPU's tensors and need not ask the GPU. Of the pixels,
+        # only their shape and dtype matter.
+        sizes = model.check_inputs(m["input_ids"], inputs.get("pixel_values"), m["attention_mask"],
+                                   m["labels"], m.get("document_ids"))
         if inputs.get("pixel_values") is None and stage.trainable != "text":
             # Pass zero tiles rather than None: visual experts then run on no tokens and get zero gradients,
             # so all ranks exchange the same set.
