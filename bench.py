@@ -530,7 +530,7 @@ def step_times(name: str, stage, config: MonoInternVLConfig, batch: dict,
     torch.manual_seed(0)
     model = MonoInternVL(config)
     train_evip.select_trainable(model, stage)
-    forward, optimizer = train_evip.distribute(model, stage, flags), train_evip.make_optimizer(model, flags)
+    forward, optimizer = train_evip.distribute(model, flags), train_evip.make_optimizer(model, flags)
     trainable = [p for p in model.parameters() if p.requires_grad]
     amounts = count_tokens(batch, config.tokens_per_tile)
     rates = budget.flop_rates(train_evip.shapes_of(model), train_evip.trainable_names(model, stage), config)
