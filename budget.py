@@ -155,8 +155,8 @@ def peak_memory(device: str) -> int | None:
 # ---------------------------------------------------------------- the plan of a preset
 
 def print_plan(stage: str, trains: int, memory: dict[str, float], chosen: list[str], seconds: float) -> None:
-    """trains: parameters. memory: as memory_plan makes it. chosen: what to say of how layers run. seconds: NaN
-    if nobody knows."""
+    """trains: parameters. memory: as memory_plan makes it. chosen: how layers run. seconds: NaN if nobody
+    knows."""
     parts = ", ".join(f"{part} {size / 1e9:.3f}" for part, size in memory.items())
     print(f"{stage:6}{trains / 1e6:9.2f} M train: {parts}; together {sum(memory.values()) / 1e9:.2f}"
           + "".join(f", {words}" for words in chosen)

@@ -2138,7 +2138,8 @@ def test_flags_keep_types_and_have_help_and_a_wrong_one_exits_with_the_nearest_n
 def test_the_lists_of_every_script_add_up_when_repeated_and_replace_their_defaults():
     seen = set()
     for flags in [module.Flags for module in (sample, train_evip, evaluate, budget)] + [
-            bench.KernelsFlags, bench.InferFlags, bench.TrainFlags, bench.AblationFlags]:
+            bench.KernelsFlags, bench.InferFlags, bench.TrainFlags, bench.DataFlags,
+            bench.AllFlags, bench.AblationFlags]:
         for name, kind in typing.get_type_hints(flags).items():
             if typing.get_origin(kind) is list:
                 seen.add(name)
@@ -2870,6 +2871,31 @@ def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypat
     assert of_text[0] == of_text[1] and of_text[3] == of_text[4]           # text costs one expert everywhere
     lines = [line for line in bench.infer_tables(result).splitlines() if line.startswith("| ")]
     assert len(lines) == 2 * 2 + 6 + 12 and min(Image.open(tmp_path / "a.png").size) > 300
+
+
+def test_a_photo_is_read_as_the_tiles_that_are_measured(capsys):
+    assert bench.main(["data", *"--width 300 --samples 2 --rounds 2 --workers 0 1".split()]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(r["tiles"], r["workers"]) for r in result["rows"]] == \
+        list(itertools.product([1, 7, 7], [0, 1]))                         # too small for 25 tiles
+    for row in result["rows"]:
+        assert row["samples_per_s"] * row["seconds"] == pytest.approx(1)
+        assert row["pixels_mb_s"] / row["samples_per_s"] > 0.99 * row["tiles"] * 3 * 448 ** 2 / 1e6
+
+
+@pytest.mark.slow
+def test_one_command_measures_everything_and_the_report_shows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
+    monkeypatch.setattr(bench, "QUICK", {name: SHORT[f"bench.py {name}"] for name in bench.QUICK})
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["all", "--quick", "--out=assets"]) == 0
+    for name in ("results_seed0.json", "ablation.json"):
+        shutil.copy(HERE / "assets" / name, "assets")
+    assert bench.main(["report"]) == 0
+    report = Path("RESULTS.md").read_text(encoding="utf-8")
+    for name in bench.QUICK:
+        assert f"### `assets/bench_{name}_" in report
+    assert "| icons, float32 |" in report and "| icons, bfloat16 |" in report
 
 
 # ---------------------------------------------------------------- the kernel: what it computes
@@ -4351,7 +4377,8 @@ RESULTS = (HERE / "RESULTS.md").read_text(encoding="utf-8")
 SHORT = {"train_evip.py": "--steps=1 --batch_size=2 --grad_accum=1 --eval_questions=1",
          "sample.py": "--max_new_tokens=2", "evaluate.py": "--questions=1",
          "bench.py kernels": "--rounds=2 --image_tiles 0 --hidden_size=64 --intermediate_size=64",
-         "bench.py report": "", "bench.py train": "--rounds 2 --tiny_rounds 2",
+         "bench.py report": "", "bench.py train": "--rounds 2 --tiny_rounds 2 --icons_layers 1",
+         "bench.py data": "--width 300 --samples 2 --rounds 2", "bench.py all": "--quick",
          "bench.py infer": "--layers 1 --tiles 1 --batches 1 --rounds 2 --steps 1",
          "bench.py ablation": "--seeds=1 --steps=1 --eval_questions=1"}
 
@@ -4402,6 +4429,7 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
     elif words[1] != "notebooks/execute.py":                 # which the test of the notebooks runs
         options = SHORT[" ".join(words[1:3 if words[1] == "bench.py" else 2])].split()
         monkeypatch.setattr(bench, "VARIANTS", dict(list(bench.VARIANTS.items())[:1]))
+        monkeypatch.setattr(bench, "QUICK", {name: SHORT[f"bench.py {name}"] for name in bench.QUICK})
         monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
         script = sys.modules[words[1].removesuffix(".py")]
         assert script.main([*words[2:], *options]) == 0, capfd.readouterr().err

@@ -171,7 +171,7 @@ class Flags:
                          choices=["auto", "ddp", "fsdp"])
     recompute: str = flag("auto", "run layers twice instead of keeping their results; auto: if memory lacks",
                           choices=["auto", "on", "off"])
-    reshard: str = flag("auto", "with fsdp, gather layers twice instead of keeping them; auto: if memory lacks",
+    reshard: str = flag("auto", "fsdp: gather layers twice instead of keeping them; auto: if memory lacks",
                         choices=["auto", "on", "off"])
     compile: str = flag("auto", "torch.compile the layers; auto: of big models on one GPU",
                         choices=["auto", "on", "off"])
