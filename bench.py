@@ -3,16 +3,18 @@
     python bench.py kernels        the routed feed-forward layer on each back end
     python bench.py infer          time to the first token and decoding rate of whole models
     python bench.py train          optimizer steps of the tiny model and of layers of full width
+    python bench.py data           photos become tiles
+    python bench.py all            these four; --quick: fewer sizes and rounds
     python bench.py ablation       delta tuning against full fine-tuning, v1 and random experts
     python bench.py report         writes RESULTS.md from the measurements in assets/
 
-The first four print each measurement as it comes and end with one line of JSON, which --json FILE keeps.
---help after one of them lists its flags. Every back end is compared with the dense reference before it is
-timed.
+Each measurement is printed as it comes. The last line is all of them as JSON, which --json FILE keeps. --help
+after a command lists its flags. Every back end is compared with the dense reference before it is timed.
 
-In this order: measuring and tables; the four commands, each with its flags, its tables and what RESULTS.md
-says beside them; the report; main.
+In this order: measuring and tables; the commands, each with its flags, its tables and what RESULTS.md says
+beside them; the report; main.
 """
+import collections
 import functools
 import itertools
 import json
@@ -20,6 +22,7 @@ import math
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import sys
 import tempfile
@@ -30,13 +33,14 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 import budget
 import moe_kernel
 import train_evip
 from common import InputError, flag, parse_flags, read_json
-from data import Tokenizer, collate, count_tokens, load_image
+from data import Batches, JsonlDataset, Tokenizer, collate, count_tokens, load_tiles, turns
 from evaluate import answer, described_rightly, documentation_loss, text_probe
 from generate import KVCache, decode
 from icons import Icons, Pictures, plain_scene
@@ -154,10 +158,10 @@ def prompt_length(c: MonoInternVLConfig, tiles: int) -> int:
     return TEXT_TOKENS + tiles * c.tokens_per_tile
 
 
-def random_prompt(c: MonoInternVLConfig, tiles: int, batch: int, device: str):
-    """64 text tokens around the visual tokens of so many tiles, and the tiles."""
-    ids = torch.randint(3, c.img_context_token_id, (batch, prompt_length(c, tiles)))
-    ids[:, TEXT_TOKENS // 2:ids.shape[1] - TEXT_TOKENS // 2] = c.img_context_token_id
+def random_prompt(c: MonoInternVLConfig, tiles: int, batch: int, device: str, text: int = TEXT_TOKENS):
+    """Text tokens around the visual tokens of so many tiles, and the tiles."""
+    ids = torch.randint(3, c.img_context_token_id, (batch, text + tiles * c.tokens_per_tile))
+    ids[:, text // 2:ids.shape[1] - text // 2] = c.img_context_token_id
     pixels = torch.randn(batch * tiles, 3, c.image_size, c.image_size).to(device) if tiles else None
     return ids.to(device), pixels
 
@@ -356,9 +360,11 @@ def random_models(config: MonoInternVLConfig, dtype, device) -> tuple[MonoIntern
     return models
 
 
-def first_token(model, back_end: str, cache: KVCache, ids, pixels):
+def first_token(model, back_end: str, cache: KVCache, ids, pixels, graphs: bool = True):
+    """cache: of this model and back end alone, because its CUDA graphs are."""
     def run():
-        model.moe, cache.input_ids = back_end, []        # uses the memory of the cache, but not its content
+        model.moe, model.cuda_graphs = back_end, graphs
+        cache.input_ids = []                       # uses the memory of the cache, but not its content
         next(model.generate(ids, pixels, max_new_tokens=1, kv_cache=cache))
     return run
 
@@ -378,15 +384,20 @@ def decoding(model, mode: str, cache: KVCache, batch: int, cached: int, steps: i
     return run
 
 
-def prefill(ours: MonoInternVL, modular: Modular, cache: KVCache, batch: int, limit: dict,
+def prefill(ours: MonoInternVL, modular: Modular, batch: int, limit: dict,
             flags: InferFlags) -> Iterator[dict]:
     """Times to the first token. limit: what `ceilings` returned."""
-    c, cases = ours.config, {}
+    c, cases, caches = ours.config, {}, collections.defaultdict(lambda: KVCache(ours.config))
     for tiles in flags.tiles:
         inputs = random_prompt(c, tiles, batch, flags.device)
         for back_end in flags.back_ends:
-            cases[tiles, back_end] = first_token(ours, back_end, cache, *inputs)
-        cases[tiles, "modular"] = first_token(modular, "torch", cache, *inputs)
+            cases[tiles, back_end] = first_token(ours, back_end, caches[back_end], *inputs)
+        cases[tiles, "modular"] = first_token(modular, "torch", caches["modular"], *inputs)
+        if flags.device == "cuda" and "cuda" in flags.back_ends:
+            cases[tiles, "cuda, eager"] = first_token(ours, "cuda", caches["cuda"], *inputs, graphs=False)
+    # The caches grow, then meet each prompt, then capture it.
+    for run in [*cases.values()] * (2 * (flags.device == "cuda")):
+        run()
     for (tiles, back_end), measured in interleaved(cases, flags.rounds, flags).items():
         model, tokens = modular if back_end == "modular" else ours, prompt_length(c, tiles)
         experts = 2 if back_end == "dense" and tiles else 1                # text alone: one on all back ends
@@ -427,10 +438,10 @@ def infer(flags: InferFlags, result: dict):
         expected = ours(*prompt)[0]
         for ours.moe in flags.back_ends:
             check(ours.moe, ours(*prompt)[0], expected, 1e-4 if name == "float32" else 0.05)
-        cache = KVCache(config)
         for batch in flags.batches if flags.device == "cuda" else [1]:
-            for row in prefill(ours, modular, cache, batch, limit, flags):
+            for row in prefill(ours, modular, batch, limit, flags):
                 record(result, "prefill", {"dtype": name, **row}, flags)
+        cache = KVCache(config)
         for batch in flags.batches:
             for row in decoding_steps(ours, cache, batch, limit, flags):
                 record(result, "decode", {"dtype": name, **row}, flags)
@@ -522,61 +533,82 @@ class TrainFlags(Timing):
     layers: int = flag(12 if GPU else 1, "of full width")
     tiles: int = flag(4 if GPU else 1, "of a picture")
     batch: int = flag(4 if GPU else 1, "pictures of a full-width step")
+    icons_layers: int = flag(0 if GPU else 30, "of the icons preset's model, in float32 and bfloat16")
 
 
-def step_times(name: str, stage, config: MonoInternVLConfig, batch: dict,
-               args: TrainFlags) -> Iterator[dict]:
-    """Times the optimizer steps of one model in one stage, as train_evip.py makes them, on each back end."""
-    dtype = "bfloat16" if args.device == "cuda" else "float32"
+def one_step(config: MonoInternVLConfig, stage, batch: dict, dtype: str, args: TrainFlags):
+    """A function that makes an optimizer step with a back end, as train_evip.py makes it, and returns the
+    loss; and the useful operations of a step."""
     flags = train_evip.Flags(device=args.device, dtype=dtype, recompute="off", compile=args.compile)
     torch.manual_seed(0)
     model = MonoInternVL(config)
     train_evip.select_trainable(model, stage)
-    forward, optimizer = train_evip.distribute(model, stage, flags), train_evip.make_optimizer(model, flags)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    amounts = count_tokens(batch, config.tokens_per_tile)
+    forward, optimizer = train_evip.distribute(model, flags), train_evip.make_optimizer(model, flags)
+    trainable, amounts = optimizer.param_groups, count_tokens(batch, config.tokens_per_tile)
     rates = budget.flop_rates(train_evip.shapes_of(model), train_evip.trainable_names(model, stage), config)
-    flop, tokens = sum(rates[kind] * n for kind, n in amounts.items()), amounts["text"] + amounts["visual"]
 
     def step(back_end: str) -> float:
         model.moe = back_end
         losses, = train_evip.backward(model, forward, [batch], amounts["labels"], stage, flags)
-        torch.nn.utils.clip_grad_norm_(trainable, flags.grad_clip)
+        torch.nn.utils.clip_grad_norm_([p for group in trainable for p in group["params"]], flags.grad_clip)
         optimizer.step()                           # with learning rate 0, so that all steps are alike
         optimizer.zero_grad()
         return losses.mean().item()
 
-    runs = {back_end: functools.partial(step, back_end) for back_end in args.back_ends}
-    losses = {back_end: run() for back_end, run in runs.items()}
+    return step, sum(rates[kind] * n for kind, n in amounts.items())
+
+
+def step_times(name: str, stage, config: MonoInternVLConfig, batch: dict, dtypes: list[str],
+               args: TrainFlags) -> Iterator[dict]:
+    """Times the steps of one model in one stage with each dtype and back end."""
+    amounts, runs = count_tokens(batch, config.tokens_per_tile), {}
+    for dtype in dtypes:
+        step, flop = one_step(config, stage, batch, dtype, args)
+        model = f"{name}, {dtype}" if len(dtypes) > 1 else name
+        runs |= {(model, back_end): functools.partial(step, back_end) for back_end in args.back_ends}
+    losses = {case: run() for case, run in runs.items()}
     if max(losses.values()) - min(losses.values()) > 1e-2 * max(losses.values()):
-        raise SystemExit(f"{name}, {stage.name}: the back ends disagree: {losses}")
+        raise SystemExit(f"{stage.name}: the back ends disagree: {losses}")
+    tokens = amounts["text"] + amounts["visual"]
     rounds = args.tiny_rounds if name == "tiny" else args.rounds
-    for back_end, measured in interleaved(runs, rounds, args).items():
-        yield {"model": name, "stage": stage.name, "tokens": tokens, "visual": amounts["visual"],
+    for (model, back_end), measured in interleaved(runs, rounds, args).items():
+        yield {"model": model, "stage": stage.name, "tokens": tokens, "visual": amounts["visual"],
                "back_end": back_end, **measured, "tokens_per_s": tokens / measured["seconds"],
                "tflops": flop / measured["seconds"] / 1e12}
 
 
+def learned_prompt(c: MonoInternVLConfig, tiles: int, batch: int, text: int = TEXT_TOKENS) -> dict:
+    """A batch of prompts with pictures, of which the text after the visual tokens is learned."""
+    ids, pixels = random_prompt(c, tiles, batch, "cpu", text)
+    after = torch.arange(ids.shape[1]) >= ids.shape[1] - text // 2
+    return {"input_ids": ids, "pixel_values": pixels, "attention_mask": None,
+            "labels": ids.where(after, -100)}
+
+
 def train(flags: TrainFlags, result: dict):
-    """16 samples of the embedded world for the tiny model. For layers of the 2B model's width, prompts with
-    pictures, where half of the text is learned."""
-    dtype = torch.bfloat16 if flags.device == "cuda" else torch.float32
-    result |= {"ceilings": ceilings(dtype, flags), "rows": []}
+    """The tiny model on 16 samples of the embedded world; layers of the 2B model's width; and the model that
+    the icons preset trains, with 9 visual and 26 text tokens in each of 32 samples."""
+    dtype = "bfloat16" if flags.device == "cuda" else "float32"
+    result |= {"ceilings": ceilings(getattr(torch, dtype), flags), "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         tok = make_world_tokenizer(Path(folder))
     tiny = train_evip.tiny_config("evip++", tok)
     wide = MonoInternVLConfig.mono_internvl_1_5_2b(
         num_hidden_layers=flags.layers, vocab_size=max(1000, 92553 * flags.layers // 24),
         img_context_token_id=999)
-    for stage in train_evip.RECIPES["evip++"][2::2]:                       # S1.2 and S2
-        samples = [World(stage.name, tok, tiny)[i] for i in range(stage.batch)]
-        ids, pixels = random_prompt(wide, flags.tiles, flags.batch, "cpu")
-        after = torch.arange(ids.shape[1]) >= ids.shape[1] - TEXT_TOKENS // 2          # the visual tokens
-        prompts = {"input_ids": ids, "pixel_values": pixels, "attention_mask": None,
-                   "labels": ids.where(after, -100)}
-        for name, config, batch in (("tiny", tiny, collate(samples, tok.pad_id)),
-                                    (f"{flags.layers} of 24 layers", wide, prompts)):
-            for row in step_times(name, stage, config, batch, flags):
+    smol = MonoInternVLConfig(
+        vocab_size=49163, hidden_size=576, intermediate_size=1536, num_hidden_layers=flags.icons_layers,
+        num_attention_heads=9, num_key_value_heads=3, attn_experts="qkvo", img_context_token_id=49156,
+        **train_evip.ICON_SIZES)
+    semantic, instruct = train_evip.RECIPES["evip++"][2::2]
+    for stage in semantic, instruct:
+        samples = collate([World(stage.name, tok, tiny)[i] for i in range(stage.batch)], tok.pad_id)
+        prompts = learned_prompt(wide, flags.tiles, flags.batch)
+        cases = [("tiny", tiny, samples, [dtype]), (f"{flags.layers} of 24 layers", wide, prompts, [dtype])]
+        if stage is semantic and flags.icons_layers:
+            cases.append(("icons", smol, learned_prompt(smol, 1, 32, text=26), ["float32", "bfloat16"]))
+        for name, config, batch, dtypes in cases:
+            for row in step_times(name, stage, config, batch, dtypes, flags):
                 record(result, "rows", row, flags)
 
 
@@ -601,6 +633,65 @@ The GPU's rows are older than three changes: no mask for padded rows, attention 
 layers. With all three, the step of S1.2 on 12 layers took 61.8 ms instead of 78.0 on the same kind of GPU:
 331 TFLOP/s, 42 % of the peak. The target is 45 %. The device works for 55.8 ms of it: products 24, AdamW 7,
 attention 4, and the rest are elementwise kernels, gathering and scattering.
+"""
+
+
+# ---------------------------------------------------------------- data
+
+@dataclass
+class DataFlags(Flags):
+    tiles: list[int] = flag([1, 7, 25], "of a photo, with its thumbnail")
+    workers: list[int] = flag([1, 8] if GPU else [1], "how many processes read samples")
+    width: int = flag(3000, "of the photo, in pixels; it is two thirds as high")
+    samples: int = flag(10, "that each process reads in a round")
+    rounds: int = flag(5, "how often each case is timed")
+
+
+def write_photo(path: Path, width: int) -> int:
+    """Random patterns of many scales, as photos have them. Returns the bytes of the JPEG file."""
+    pixels, size = 128, (2 * width // 3, width)
+    for scale in (1, 4, 16, 64, 256):
+        pattern = torch.randn(1, 3, *(n // scale + 2 for n in size))
+        pixels = pixels + 3 * scale ** 0.5 * nn.functional.interpolate(pattern, size, mode="bilinear")[0]
+    Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(path, quality=90)
+    return path.stat().st_size
+
+
+def read_photos(flags: DataFlags, result: dict):
+    """Times processes that read samples as in training, each a photo and a short text."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, result["rows"] = Path(name), []
+        tok, jpeg = make_world_tokenizer(folder), write_photo(folder / "photo.jpg", flags.width)
+        result |= {"photo": f"{flags.width}×{2 * flags.width // 3}", "jpeg_mb": jpeg / 1e6}
+        line = {"image": "photo.jpg", "conversations": turns("<image>\nWhat is it?", "a pattern.")}
+        (folder / "lines.jsonl").write_text(json.dumps(line))
+        config = MonoInternVLConfig.mono_internvl_2b(img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
+        for tiles, workers in itertools.product(flags.tiles, flags.workers):
+            photos = JsonlDataset(folder / "lines.jsonl", folder, tok, config, max_tiles=max(1, tiles - 1))
+            batches = iter(Batches(photos, 1, tok.pad_id, pool=1, workers=workers))
+            pixels = next(batches)["pixel_values"]
+
+            def read(batches=batches, number=flags.samples * workers):
+                collections.deque(itertools.islice(batches, number), maxlen=0)
+
+            for measured in interleaved({"": read}, flags.rounds, flags, per=flags.samples).values():
+                rate = 1 / measured["seconds"]
+                record(result, "rows", {
+                    "tiles": len(pixels), "workers": workers, **measured, "samples_per_s": rate,
+                    "jpeg_mb_s": jpeg * rate / 1e6, "pixels_mb_s": pixels.nbytes * rate / 1e6}, flags)
+
+
+def data_tables(result: dict) -> str:
+    return f"A photo of {result['photo']} pixels, {result['jpeg_mb']:.1f} MB.\n\n" + table([{
+        "tiles": r["tiles"], "processes": r["workers"],
+        "ms per sample (quartiles)": spread(r["seconds"], r["quartiles"], 1, 1e3),
+        "samples/s": f"{r['samples_per_s']:.1f}", "MB/s of JPEG": f"{r['jpeg_mb_s']:.1f}",
+        "MB/s of tiles": f"{r['pixels_mb_s']:.0f}"} for r in result["rows"]])
+
+
+DATA_PROSE = """
+From a JPEG file to tiles of 448 pixels in a batch, by processes that read samples (`--workers`). Times and
+rates are those of one process.
 """
 
 
@@ -711,7 +802,7 @@ def named_rightly(model: MonoInternVL, tok: Tokenizer, folder: Path) -> dict:
     for column, split in ("seen hand", "train"), ("unseen hand", "test"):
         pictures = Pictures(folder, split)
         chosen = [(thing, sources[0]) for thing, sources in pictures.drawings.items()]
-        said = answer(model, tok, [(load_image(pictures.draw(plain_scene(source, 48)), 1, 48),
+        said = answer(model, tok, [(load_tiles(pictures.draw(plain_scene(source, 48)), 1, 48),
                                     "What is this?") for _, source in chosen])
         found[column] = [[pictures.name(thing), text] for (thing, _), text in zip(chosen, said, strict=True)]
     return {"said": found, **{column: sum(name == text for name, text in pairs) / len(pairs)
@@ -798,6 +889,32 @@ model has trained for 200 steps only. [03_evip_training](notebooks/03_evip_train
 """
 
 
+# ---------------------------------------------------------------- all of it
+
+QUICK = {"kernels": "--image_tiles 0 1 7 --rounds 5", "infer": "--tiles 1 7 --batches 1 --rounds 3",
+         "train": "--rounds 3 --tiny_rounds 10", "data": "--rounds 3"}
+
+
+@dataclass
+class AllFlags:
+    out: str = flag("out/bench", "folder for the JSON files; `bench.py report` finds them in assets/")
+    quick: bool = flag(False, "fewer sizes and rounds")
+
+
+def measure_all(flags: AllFlags):
+    kind, out = "gpu" if GPU else "cpu", Path(flags.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if GPU:                                        # measures the tiles that the back end cuda then takes
+        moe_kernel.main()
+        tiles = moe_kernel.library(torch.device("cuda")).folder / "measured.json"
+        shutil.copy(tiles, out / "moe_kernel_gpu.json")
+    for name, options in QUICK.items():
+        started = time.time()
+        main([name, *options.split() * flags.quick, f"--json={out}/bench_{name}_{kind}.json",
+              *[f"--png={out}/bench_{name}_{kind}.png"] * (name == "infer")])
+        print(f"{name}: {time.time() - started:.0f} s\n", flush=True)
+
+
 # ---------------------------------------------------------------- report: RESULTS.md
 
 ACCURACY_PROSE = """
@@ -834,9 +951,11 @@ def report():
                     for task, row in runs[0]["tasks"].items()])]
     for title, name, prose, tables in (("Training steps", "train", TRAIN_PROSE, train_tables),
                                        ("Inference", "infer", INFER_PROSE, infer_tables),
-                                       ("The kernel", "kernels", KERNELS_PROSE, kernels_tables)):
-        parts += [f"## {title}", prose]
-        for file in sorted(assets.glob(f"bench_{name}_*.json")):
+                                       ("The kernel", "kernels", KERNELS_PROSE, kernels_tables),
+                                       ("Reading pictures", "data", DATA_PROSE, data_tables)):
+        files = sorted(assets.glob(f"bench_{name}_*.json"))
+        parts += [f"## {title}", prose] * bool(files)
+        for file in files:
             result, picture = read_json(file), file.with_suffix(".png")
             on_gpu |= result["device"] == "cuda"
             made_by = "`{command}` on {hardware}, torch {torch}, {clock}. ".format(**result)
@@ -857,17 +976,20 @@ def report():
 # ---------------------------------------------------------------- main
 
 COMMANDS = {"kernels": (KernelsFlags, kernels), "infer": (InferFlags, infer), "train": (TrainFlags, train),
-            "ablation": (AblationFlags, run_ablation)}
+            "data": (DataFlags, read_photos), "ablation": (AblationFlags, run_ablation)}
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if argv[0] not in (*COMMANDS, "report"):
+    if argv[0] not in (*COMMANDS, "all", "report"):
         print(__doc__)
         return 0 if argv[0] in ("-h", "--help") else 2
     try:
         if argv[0] == "report":
             report()
+            return 0
+        if argv[0] == "all":
+            measure_all(parse_flags(AllFlags, argv[1:]))
             return 0
         flags_of, run = COMMANDS[argv[0]]
         flags = parse_flags(flags_of, argv[1:])

@@ -77,14 +77,14 @@ def flop_rates(shapes: dict[str, tuple], trained: set[str], c) -> dict[str, floa
 
 
 def memory_plan(shapes: dict[str, tuple], trained: set[str], c, *, rows: int, tokens: int, max_tiles: int,
-                itemsize: int, sharded_over: int = 1, accumulated: bool = False,
+                itemsize: int, sharded_over: int = 1, reshard: bool = True, accumulated: bool = False,
                 recompute: bool = False) -> dict[str, float]:
     """Bytes of training on one device, by part, for the longest batch: `rows` rows of `tokens` tokens.
 
     What trains is held in float32 with AdamW's two moments, what is frozen in numbers of `itemsize` bytes.
-    sharded_over: processes that share all of it (FSDP). accumulated: gradients wait for the last of several
-    passes. recompute: a layer keeps only its input. All parts that follow from the parameters are exact. The
-    activations are counted by hand.
+    sharded_over: processes that share all of it (FSDP). reshard: layers are gathered one after the other, and
+    not kept. accumulated: gradients wait for the last of several passes. recompute: a layer keeps only its
+    input. All parts that follow from the parameters are exact. The activations are counted by hand.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     trains = sum(size for name, size in sizes.items() if name in trained)
@@ -93,10 +93,10 @@ def memory_plan(shapes: dict[str, tuple], trained: set[str], c, *, rows: int, to
             "gradients": 4 * trains / sharded_over, "optimizer": 8 * trains / sharded_over,
             "copies": itemsize * trains * (itemsize < 4)}                  # those that autocast makes
     if sharded_over > 1:
-        # Two whole layers at a time, all that is outside of layers, and gradients that wait.
+        # The whole model, or two layers at a time and all that is outside of layers; and gradients that wait.
         layer = sum(size for name, size in sizes.items() if ".layers.0." in name)
-        plan["copies"] = itemsize * (trains + frozen - (c.num_hidden_layers - 2) * layer)
-        plan["copies"] += 4 * trains * accumulated
+        away = max(0, c.num_hidden_layers - 2) * layer * reshard
+        plan["copies"] = itemsize * (trains + frozen - away) + 4 * trains * accumulated
     D, F = c.hidden_size, c.intermediate_size
     kv, visual = c.num_key_value_heads * c.head_dim, min(tokens, (max_tiles + 1) * c.tokens_per_tile)
     text_learns = "language_model.model.layers.0.attention.wqkv.weight" in trained
@@ -154,11 +154,12 @@ def peak_memory(device: str) -> int | None:
 
 # ---------------------------------------------------------------- the plan of a preset
 
-def print_plan(stage: str, trains: int, memory: dict[str, float], recompute: bool, seconds: float) -> None:
-    """trains: parameters. memory: as memory_plan makes it. seconds: NaN if nobody knows."""
+def print_plan(stage: str, trains: int, memory: dict[str, float], chosen: list[str], seconds: float) -> None:
+    """trains: parameters. memory: as memory_plan makes it. chosen: how layers run. seconds: NaN if nobody
+    knows."""
     parts = ", ".join(f"{part} {size / 1e9:.3f}" for part, size in memory.items())
     print(f"{stage:6}{trains / 1e6:9.2f} M train: {parts}; together {sum(memory.values()) / 1e9:.2f}"
-          + ", layers run twice" * recompute
+          + "".join(f", {words}" for words in chosen)
           + ("" if math.isnan(seconds) else f"; {seconds / 3600:,.1f} hours"))
 
 

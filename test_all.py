@@ -38,6 +38,7 @@ import time
 import tracemalloc
 import typing
 import unittest.mock
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -1338,6 +1339,40 @@ def test_a_checkpoint_loads_in_half_precision_and_stays_close(golden, tmp_path, 
     assert_close(logits.cpu().float(), theirs, rtol=0, atol=0.03 * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_spread_model_is_gathered_and_written_tensor_by_tensor(rank, tmp_path, monkeypatch):
+    """Never two whole tensors on a device; and the first process alone keeps what it was given."""
+    whole = weakref.WeakSet()                      # those alive on the device
+
+    class Whole:
+        def __init__(self, values):
+            assert not whole
+            whole.add(self)
+            self.values = values
+
+        def cpu(self):
+            return self.values.clone()
+
+    class Spread:                                  # as FSDP's DTensor
+        def __init__(self, values):
+            self.values = values
+
+        def detach(self):
+            return self
+
+        def full_tensor(self):
+            return Whole(self.values)
+
+    monkeypatch.setenv("RANK", str(rank))
+    weights, model = load_file(OFFICIAL_TINY / "model.safetensors"), tmp_path / "model"
+    checkpoint.save_with_tokenizer(model, {name: Spread(t) for name, t in weights.items()},
+                                   vars(SMALL), OFFICIAL_DATA)
+    assert not whole and model.exists() == (rank == 0)
+    if rank == 0:
+        written = load_file(model / "model.safetensors")
+        assert written.keys() == weights.keys() and all(map(torch.equal, written.values(), weights.values()))
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_checkpoints_within_a_stage_restore_everything_and_only_the_newest_stay(tmp_path):
     def save(step, save_model=Path.mkdir):
@@ -2115,7 +2150,8 @@ def test_flags_keep_types_and_have_help_and_a_wrong_one_exits_with_the_nearest_n
 def test_the_lists_of_every_script_add_up_when_repeated_and_replace_their_defaults():
     seen = set()
     for flags in [module.Flags for module in (sample, train_evip, evaluate, budget)] + [
-            bench.KernelsFlags, bench.InferFlags, bench.TrainFlags, bench.AblationFlags]:
+            bench.KernelsFlags, bench.InferFlags, bench.TrainFlags, bench.DataFlags,
+            bench.AllFlags, bench.AblationFlags]:
         for name, kind in typing.get_type_hints(flags).items():
             if typing.get_origin(kind) is list:
                 seen.add(name)
@@ -2856,6 +2892,31 @@ def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypat
     assert of_text[0] == of_text[1] and of_text[3] == of_text[4]           # text costs one expert everywhere
     lines = [line for line in bench.infer_tables(result).splitlines() if line.startswith("| ")]
     assert len(lines) == 2 * 2 + 6 + 12 and min(Image.open(tmp_path / "a.png").size) > 300
+
+
+def test_a_photo_is_read_as_the_tiles_that_are_measured(capsys):
+    assert bench.main(["data", *"--width 300 --samples 2 --rounds 2 --workers 0 1".split()]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(r["tiles"], r["workers"]) for r in result["rows"]] == \
+        list(itertools.product([1, 7, 7], [0, 1]))                         # too small for 25 tiles
+    for row in result["rows"]:
+        assert row["samples_per_s"] * row["seconds"] == pytest.approx(1)
+        assert row["pixels_mb_s"] / row["samples_per_s"] > 0.99 * row["tiles"] * 3 * 448 ** 2 / 1e6
+
+
+@pytest.mark.slow
+def test_one_command_measures_everything_and_the_report_shows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
+    monkeypatch.setattr(bench, "QUICK", {name: SHORT[f"bench.py {name}"] for name in bench.QUICK})
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["all", "--quick", "--out=assets"]) == 0
+    for name in ("results_seed0.json", "ablation.json"):
+        shutil.copy(HERE / "assets" / name, "assets")
+    assert bench.main(["report"]) == 0
+    report = Path("RESULTS.md").read_text(encoding="utf-8")
+    for name in bench.QUICK:
+        assert f"### `assets/bench_{name}_" in report
+    assert "| icons, float32 |" in report and "| icons, bfloat16 |" in report
 
 
 # ---------------------------------------------------------------- the kernel: what it computes
@@ -4378,7 +4439,8 @@ RESULTS = (HERE / "RESULTS.md").read_text(encoding="utf-8")
 SHORT = {"train_evip.py": "--steps=1 --batch_size=2 --grad_accum=1 --eval_questions=1",
          "sample.py": "--max_new_tokens=2", "evaluate.py": "--questions=1",
          "bench.py kernels": "--rounds=2 --image_tiles 0 --hidden_size=64 --intermediate_size=64",
-         "bench.py report": "", "bench.py train": "--rounds 2 --tiny_rounds 2",
+         "bench.py report": "", "bench.py train": "--rounds 2 --tiny_rounds 2 --icons_layers 1",
+         "bench.py data": "--width 300 --samples 2 --rounds 2", "bench.py all": "--quick",
          "bench.py infer": "--layers 1 --tiles 1 --batches 1 --rounds 2 --steps 1",
          "bench.py ablation": "--seeds=1 --steps=1 --eval_questions=1"}
 
@@ -4429,6 +4491,7 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
     elif words[1] != "notebooks/execute.py":                 # which the test of the notebooks runs
         options = SHORT[" ".join(words[1:3 if words[1] == "bench.py" else 2])].split()
         monkeypatch.setattr(bench, "VARIANTS", dict(list(bench.VARIANTS.items())[:1]))
+        monkeypatch.setattr(bench, "QUICK", {name: SHORT[f"bench.py {name}"] for name in bench.QUICK})
         monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
         script = sys.modules[words[1].removesuffix(".py")]
         assert script.main([*words[2:], *options]) == 0, capfd.readouterr().err
@@ -4636,7 +4699,7 @@ def test_predicted_memory_and_operations_are_what_pytorch_counts(stage, dtype):
 
         flags = tiny_flags(batch_size=2, max_tokens=192, dtype=dtype, recompute=recompute)
         plans[recompute] = plan = train_evip.memory_plan(model, stage, flags, 1)
-        train_evip.distribute(model, stage, flags)
+        train_evip.distribute(model, flags)
         states = train_evip.make_optimizer(model, flags).state.values()
         with FlopCounterMode(display=False) as counter:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
@@ -4832,19 +4895,33 @@ def test_batches_reach_whatever_device_trains():
     assert train_evip.to_device(torch.ones(3), torch.device("meta")).device.type == "meta"
 
 
-def test_layers_run_twice_where_a_gpu_lacks_the_memory_to_keep_their_results(monkeypatch):
-    stage = train_evip.PRESETS["2b"]["evip++"][0]
+def test_a_gpu_keeps_results_and_gathered_layers_as_long_as_its_memory_allows(monkeypatch):
+    stage = train_evip.PRESETS["2b"]["evip++"][2]
     with torch.device("meta"):
         model = MonoInternVL(MonoInternVLConfig.mono_internvl_1_5_2b())
-    flags = train_evip.Flags(preset="2b", device="cuda", dtype="bfloat16")
-    kept, twice = (sum(train_evip.memory_plan(model, stage, replace(flags, recompute=r), 1).values())
-                   for r in ("off", "on"))
-    assert twice < kept
-    for memory, expected in ((1.3 * kept, False), (1.2 * kept, True), (twice, True)):
-        monkeypatch.setattr(budget, "gpu_memory", lambda device, memory=memory: memory)
-        assert train_evip.recomputes(model, stage, flags, 1) == expected
-        assert train_evip.recomputes(model, stage, replace(flags, recompute="on"), 1)
-        assert not train_evip.recomputes(model, stage, replace(flags, recompute="off"), 1)
+    gpu, fast_to_small = train_evip.Flags(preset="2b", device="cuda", dtype="bfloat16"), \
+        list(itertools.product(["off", "on"], repeat=2))                   # recompute, reshard
+
+    def chosen(processes, memory, **overruled):
+        monkeypatch.setattr(budget, "gpu_memory", lambda device: memory)
+        flags = train_evip.fit_to_memory(model, stage, replace(gpu, **overruled), processes)
+        return flags.recompute, flags.reshard
+
+    for processes, choices in ((1, fast_to_small[::2]), (4, fast_to_small)):     # one has nothing to gather
+        needed = {choice: sum(train_evip.memory_plan(model, stage, replace(
+            gpu, recompute=choice[0], reshard=choice[1]), processes).values()) for choice in choices}
+        for choice, size in needed.items():
+            smaller = [other for other, its in needed.items() if its < size]
+            assert chosen(processes, 1.25001 * size) == choice
+            assert not smaller or chosen(processes, 1.24999 * size) in smaller
+        for recompute, reshard in fast_to_small:
+            assert chosen(processes, 80e9, recompute=recompute, reshard=reshard) == (recompute, reshard)
+    assert chosen(4, 0) == chosen(4, 0, recompute="on") == ("on", "on")
+    assert chosen(4, 1e15, reshard="on") == ("off", "on")
+    gpu = replace(gpu, device="cpu")               # where big models save memory
+    assert chosen(4, 1e15) == ("on", "on")
+    model = tiny()
+    assert chosen(4, 0) == ("off", "off")
 
 
 def test_a_dry_run_tells_what_would_happen_and_writes_nothing(lessons, tmp_path, capsys, monkeypatch):
@@ -5011,6 +5088,8 @@ def test_two_processes_resume_bitwise_and_learn_what_one_learns_from_twice_the_b
         with torch.device("meta"):
             plan = train_evip.memory_plan(MonoInternVL(model.config), stage_of("S1.2"), flags, 2)
         moments = (state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+        if parallel == "fsdp":                     # nor does a save gather more than one tensor at a time
+            assert all(isinstance(t, DTensor) for t in model.state_dict().values())
         for part, tensors in (("weights", model.parameters()), ("optimizer", moments)):
             own = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
             assert common.sum_over_processes(own)[0] / 2 == plan[part], part
@@ -5032,6 +5111,33 @@ def test_two_processes_resume_bitwise_and_learn_what_one_learns_from_twice_the_b
     for mine, theirs in zip(steps_logged(tmp_path / "one"), steps_logged(tmp_path / "once"), strict=True):
         assert mine[:2] == theirs[:2]
         assert (theirs[2], theirs[5]) == pytest.approx((mine[2], mine[5]), rel=10 * tolerance)
+
+
+@slow
+def test_layers_that_stay_gathered_are_gathered_once_a_step_and_learn_the_same_bit_for_bit(
+        lessons, tmp_path, monkeypatch):
+    original = train_evip.backward
+
+    class Gathers(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.number += "allgather" in str(op)
+            return op(*args, **(kwargs or {}))
+
+    def counted(model, forward, micro, total, stage, flags):               # in the processes
+        with Gathers() as gathers:
+            losses = original(model, forward, micro, total, stage, flags)
+        # Two layers, and the rest. Without keeping: 3 forward and the 2 layers backward, in each of 2 passes.
+        assert gathers.number == {"on": 10, "off": 3}[flags.reshard]
+        return losses
+
+    monkeypatch.setattr(train_evip, "backward", counted)
+    for reshard in ("on", "off"):
+        assert train(tmp_path / reshard, *lessons_of(lessons, "S1.3"), "--steps=3", "--parallel=fsdp",
+                     "--batch_size=1", "--grad_accum=2", f"--reshard={reshard}", world=2) == [0, 0]
+    on, off = (contents(tmp_path / reshard / "S1.3") for reshard in ("on", "off"))
+    assert on == off and steps_logged(tmp_path / "on") == steps_logged(tmp_path / "off")
 
 
 @slow

@@ -172,6 +172,8 @@ class Flags:
                          choices=["auto", "ddp", "fsdp"])
     recompute: str = flag("auto", "run layers twice instead of keeping their results; auto: if memory lacks",
                           choices=["auto", "on", "off"])
+    reshard: str = flag("auto", "fsdp: gather layers twice instead of keeping them; auto: if memory lacks",
+                        choices=["auto", "on", "off"])
     compile: str = flag("auto", "torch.compile the layers; auto: of big models on one GPU",
                         choices=["auto", "on", "off"])
     resume: str = flag("auto", "auto continues an interrupted run, never starts from the beginning",
@@ -184,11 +186,14 @@ class Flags:
 
 
 # What may change when an interrupted run continues: none of it changes what is learned.
-FREE_TO_CHANGE = {"out", "device", "moe", "workers", "parallel", "recompute", "compile", "resume",
-                  "save_every", "keep", "peak_tflops", "dry_run", "eval_questions"}
+FREE_TO_CHANGE = {"out", "device", "moe", "workers", "parallel", "recompute", "reshard", "compile",
+                  "resume", "save_every", "keep", "peak_tflops", "dry_run", "eval_questions"}
 
 
 # ---------------------------------------------------------------- what a stage trains, and where
+
+FULL = 0.8                                         # of a GPU's memory: the plan's activations are estimated
+
 
 def is_big(model: MonoInternVL) -> bool:
     """Big models are sharded, recompute their layers, and take fewer samples at a time."""
@@ -199,15 +204,19 @@ def is_sharded(model: MonoInternVL, flags: Flags, processes: int) -> bool:
     return processes > 1 and (flags.parallel == "fsdp" or flags.parallel == "auto" and is_big(model))
 
 
-def recomputes(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> bool:
-    """Whether layers run twice instead of keeping their results. auto: if a GPU's memory is too small to keep
-    them; on a CPU, for big models [ours]."""
-    if flags.recompute != "auto":
-        return flags.recompute == "on"
-    if not flags.device.startswith("cuda"):
-        return is_big(model)
-    needed = memory_plan(model, stage, replace(flags, recompute="off"), processes)
-    return sum(needed.values()) > 0.8 * budget.gpu_memory(flags.device)    # activations are estimated
+def fit_to_memory(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> Flags:
+    """The flags with --recompute and --reshard decided. Both save memory and cost time, running layers twice
+    more than gathering their weights twice. So auto takes the first choice whose plan fits a GPU; on a CPU,
+    big models save memory [ours]."""
+    choices = [replace(flags, recompute=recompute, reshard=reshard)
+               for recompute in ("off", "on") if flags.recompute in ("auto", recompute)
+               for reshard in ("off", "on") if flags.reshard in ("auto", reshard)]
+    for choice in choices[:-1]:
+        needed = sum(memory_plan(model, stage, choice, processes).values())
+        on_gpu = flags.device.startswith("cuda")
+        if needed <= FULL * budget.gpu_memory(flags.device) if on_gpu else not is_big(model):
+            return choice
+    return choices[-1]
 
 
 def batch_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> tuple[int, int]:
@@ -242,18 +251,18 @@ def select_trainable(model: MonoInternVL, stage: Stage):
         p.grad = None
 
 
-def distribute(model: MonoInternVL, stage: Stage, flags: Flags) -> torch.nn.Module:
+def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
     """Moves the model to its device and dtype, wraps it in DDP or FSDP, and returns the module to call.
 
     What trains is held in float32, what is frozen in the dtype of the forward pass. DDP: each process holds
     the whole model, and gradients are averaged. FSDP: each holds a share of every tensor, and gathers a layer
-    when the layer runs.
+    when the layer runs. flags: as fit_to_memory returns them.
     """
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
     device, layers = torch.device(flags.device), model.language_model.model.layers
     model.moe = flags.moe
-    model.language_model.recompute = recomputes(model, stage, flags, world_size())
+    model.language_model.recompute = flags.recompute == "on"
     measured_gain = is_big(model) and device.type == "cuda" and world_size() == 1      # a quarter of the time
     if flags.compile == "on" or flags.compile == "auto" and measured_gain:
         for layer in layers:
@@ -262,7 +271,7 @@ def distribute(model: MonoInternVL, stage: Stage, flags: Flags) -> torch.nn.Modu
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, flags.dtype), reduce_dtype=torch.float32)
         mesh = init_device_mesh(device.type, (world_size(),))
         for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=flags.reshard == "on")
         return fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to(device)
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size() > 1 else model
@@ -343,6 +352,7 @@ def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stag
         last = i + 1 == len(micro)                                         # gradients travel once per step
         if fsdp:
             model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last or flags.reshard == "on")    # weights change after the last
         with (forward.no_sync() if forward is not model and not last else nullcontext(),
               torch.autocast(device.type, torch.bfloat16,                  # FSDP casts by itself
                              enabled=flags.dtype == "bfloat16" and not fsdp)):
@@ -513,7 +523,8 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     batch_size, accum = batch_plan(model, stage, flags, world_size())
     steps = stage.steps if flags.steps is None else flags.steps
     select_trainable(model, stage)
-    forward = distribute(model, stage, flags)
+    flags = fit_to_memory(model, stage, flags, world_size())
+    forward = distribute(model, flags)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, flags)
     batches = Batches(dataset, batch_size, tok.pad_id, seed=flags.seed, rank=rank(), world_size=world_size(),
@@ -634,8 +645,8 @@ def memory_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int)
     return budget.memory_plan(
         shapes_of(model), trainable_names(model, stage), model.config, rows=rows, max_tiles=stage.max_tiles,
         tokens=token_limit(model.config, stage, flags), itemsize=getattr(torch, flags.dtype).itemsize,
-        sharded_over=processes if is_sharded(model, flags, processes) else 1, accumulated=accum > 1,
-        recompute=recomputes(model, stage, flags, processes))
+        sharded_over=processes if is_sharded(model, flags, processes) else 1, reshard=flags.reshard == "on",
+        accumulated=accum > 1, recompute=flags.recompute == "on")
 
 
 def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, processes: int):
@@ -661,10 +672,16 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
         for stage in stages:
             trained, longest = trainable_names(model, stage), token_limit(config, stage, flags)
             flop = budget.sample_flop(shapes, trained, config, longest, stage.max_tiles)
+            chosen = fit_to_memory(model, stage, flags, processes)
+            words = ["layers run twice"] * (chosen.recompute == "on")
+            if is_sharded(model, flags, processes):
+                words += [f"layers {'are gathered twice' if chosen.reshard == 'on' else 'stay gathered'}"]
             budget.print_plan(stage.name, sum(math.prod(shapes[name]) for name in trained),
-                              memory_plan(model, stage, flags, processes),
-                              recomputes(model, stage, flags, processes),
+                              memory_plan(model, stage, chosen, processes), words,
                               (flags.steps or stage.steps) * stage.batch * flop / speed)
+        if flags.device.startswith("cuda"):
+            print("--recompute auto and --reshard auto take the fastest choice of at most "
+                  f"{FULL * budget.gpu_memory(flags.device) / 1e9:.1f} GB, {FULL:.0%} of a GPU's memory.")
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
             return
