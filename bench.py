@@ -5,7 +5,6 @@
     python bench.py train          optimizer steps of the tiny model and of layers of full width
     python bench.py data           photos become tiles
     python bench.py all            these four; --quick: fewer sizes and rounds
-    python bench.py ablation       delta tuning against full fine-tuning, v1 and random experts
     python bench.py report         writes RESULTS.md from the measurements in assets/
 
 Each measurement is printed as it comes. The last line is all of them as JSON, which --json FILE keeps. --help
@@ -39,11 +38,10 @@ from torch import nn
 import budget
 import moe_kernel
 import train_evip
-from common import InputError, flag, parse_flags, read_json
-from data import Batches, JsonlDataset, Tokenizer, collate, count_tokens, load_tiles, turns
-from evaluate import answer, described_rightly, documentation_loss, text_probe
+from ablation import ablation_table
+from common import InputError, flag, parse_flags, read_json, table
+from data import Batches, JsonlDataset, collate, count_tokens, turns
 from generate import KVCache, decode
-from icons import Icons, Pictures, plain_scene
 from mono_internvl import (
     FeedForward,
     MonoInternVL,
@@ -53,7 +51,7 @@ from mono_internvl import (
     mmoe_swiglu,
     pixel_shuffle,
 )
-from world import KINDS, World, make_world_tokenizer
+from world import World, make_world_tokenizer
 
 TEXT_TOKENS = 64                                   # of a measured prompt
 GPU = torch.cuda.is_available()
@@ -164,12 +162,6 @@ def random_prompt(c: MonoInternVLConfig, tiles: int, batch: int, device: str, te
     ids[:, text // 2:ids.shape[1] - text // 2] = c.img_context_token_id
     pixels = torch.randn(batch * tiles, 3, c.image_size, c.image_size).to(device) if tiles else None
     return ids.to(device), pixels
-
-
-def table(lines: list[dict]) -> str:
-    """Markdown. Each line maps the titles of the columns to what stands there."""
-    rows = [lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def spread(median: float, quartiles: list[float], digits: int, scale: float = 1) -> str:
@@ -695,188 +687,10 @@ rates are those of one process.
 """
 
 
-# ---------------------------------------------------------------- ablation: the paper's claims, tried out
-
-VARIANTS = {                           # of S1.1 and S1.2: what differs from the first
-    "delta tuning, 1.5": {},
-    "full fine-tuning, 1.5": {"trainable": "all"},
-    "delta tuning, v1": {"attn_experts": ""},
-    "delta tuning, 1.5, random experts": {"copy_experts": False},
-}
-ICON_LRS = 6e-4, 3e-4, 1.2e-3          # each variant gets its own best of three
-ICON_LRS_OF_ALL = 1e-4, 3e-5, 3e-4     # full fine-tuning
-
-
-@dataclass
-class AblationFlags(Flags):
-    seeds: int = flag(3, "how many")
-    seed: int = flag(0, "the first")
-    steps: int | None = flag(None, "of each stage (default: as in the recipe, icons 400)")
-    eval_questions: int = flag(100, "held-out pictures of each kind")
-    data: str | None = flag(None, "compare on real pictures and a real language model: folder of icons.py")
-    things: int = flag(60, "how many of them, as many of each group")
-    out: str = flag("out/ablation", "folder of the run")
-
-
-def train_variant(change: dict, llm: MonoInternVL, tok: Tokenizer, train, stages: list, look,
-                  text_loss=None) -> dict:
-    """Takes a copy of the language model through the stages. change: of VARIANTS. look(model): what the model
-    says about pictures, to be recorded. text_loss(model, tok): None takes that of the embedded world."""
-    model = MonoInternVL(replace(llm.config, attn_experts=change.get("attn_experts", "qkvo")))
-    model.load_state_dict({name: weight for name, weight in llm.state_dict().items()
-                           if name.startswith("language_model") and "_ve." not in name}, strict=False)
-    if change.get("copy_experts", True):
-        model.copy_text_experts()
-    dtype = llm.language_model.output.weight.dtype
-    logits, before = text_probe(model.to(dtype), tok)
-    before = text_loss(model, tok) if text_loss else before
-    for stage in stages:
-        losses = train(model, replace(stage, trainable=change.get("trainable", stage.trainable)), tok)
-    logits_after, after = text_probe(model.to(dtype), tok)
-    after = text_loss(model, tok) if text_loss else after
-    # Every sample is new, so the training loss tells what was learned: its mean in each tenth of S1.2.
-    tenths = torch.tensor(losses).tensor_split(min(10, len(losses)))
-    return {"text before": before, "text after": after,
-            "text bitwise equal": torch.equal(logits, logits_after), **look(model),
-            "caption loss": [tenth.mean().item() for tenth in tenths]}
-
-
-def train_logged(model: MonoInternVL, dataset, stage, flags: train_evip.Flags, tok: Tokenizer) -> list[float]:
-    """Trains a stage and returns the loss of each step."""
-    log = Path(flags.out) / "log.jsonl"
-    if not train_evip.train_stage(model, dataset, stage, flags, train_evip.Progress(log), tok):
-        raise InputError("the ablation was stopped; the same command starts it from the beginning")
-    lines = log.read_text(encoding="utf-8").splitlines()[-(flags.steps or stage.steps):]
-    return [json.loads(line)["loss"] for line in lines]
-
-
-def ablation(flags: train_evip.Flags, seeds: int = 3) -> dict:
-    """Trains each variant through S1.1 and S1.2 on a CPU: from one S0 per seed (or --init_from), on the same
-    samples of the embedded world, for as many steps. Writes OUT/results.json and returns what it holds."""
-    started, rows = time.time(), []
-    flags = replace(flags, device="cpu", dtype="float32", out=flags.out or "out/ablation")
-    s0, *stages = train_evip.RECIPES["evip++"][:3]
-    for seed in range(flags.seed, flags.seed + seeds):
-        flags = replace(flags, seed=seed)
-
-        def train(model, stage, tok, flags=flags):
-            dataset = World(stage.name, tok, model.config, stage.max_tiles, flags.seed)
-            return train_logged(model, dataset, stage, flags, tok)
-
-        torch.manual_seed(seed)
-        _, tok, build = train_evip.origin(flags, s0, True, Path(flags.out))
-        llm = build()
-        if flags.init_from is None:
-            train(llm, s0, tok)
-        for name, change in VARIANTS.items():
-            print(f"seed {seed}: {name}", flush=True)
-            torch.manual_seed(seed)                # new weights for all but the LLM
-            rows.append({"variant": name, "seed": seed, **train_variant(
-                change, llm, tok, train, stages,
-                lambda model, tok=tok, n=flags.eval_questions: described_rightly(model, tok, n))})
-    results = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows,
-               "seconds": time.time() - started, "steps": [flags.steps or stage.steps for stage in stages],
-               "batch_size": flags.batch_size or s0.batch, "pictures": len(KINDS) * flags.eval_questions}
-    (Path(flags.out) / "results.json").write_text(json.dumps(results, indent=1))
-    return results
-
-
-def choose_things(data: Path, out: Path, n: int):
-    """Makes `out` a folder like `data`, of n of its things: as many of each group, spread over the group."""
-    index, kept = read_json(data / "index.json", "; python icons.py makes it"), set()
-    for group in {thing["group"]: None for thing in index["things"]}:
-        numbers = [i for i, thing in enumerate(index["things"])
-                   if thing["group"] == group and not thing["held_out"]]
-        kept |= {numbers[i * len(numbers) // (n // 3)] for i in range(n // 3)}
-    index["pictures"] = [picture for picture in index["pictures"] if picture["thing"] in kept]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "index.json").write_text(json.dumps(index))
-    if not (out / "pictures").exists():
-        (out / "pictures").symlink_to((data / "pictures").resolve(), target_is_directory=True)
-
-
-def named_rightly(model: MonoInternVL, tok: Tokenizer, folder: Path) -> dict:
-    """The names that the model gives to one picture of each thing: by a hand that it was trained on, and by
-    the one that it never saw."""
-    found = {}
-    for column, split in ("seen hand", "train"), ("unseen hand", "test"):
-        pictures = Pictures(folder, split)
-        chosen = [(thing, sources[0]) for thing, sources in pictures.drawings.items()]
-        said = answer(model, tok, [(load_tiles(pictures.draw(plain_scene(source, 48)), 1, 48),
-                                    "What is this?") for _, source in chosen])
-        found[column] = [[pictures.name(thing), text] for (thing, _), text in zip(chosen, said, strict=True)]
-    return {"said": found, **{column: sum(name == text for name, text in pairs) / len(pairs)
-                              for column, pairs in found.items()}}
-
-
-def icon_ablation(flags: train_evip.Flags, things: int, seeds: int) -> dict:
-    """Trains each variant with three learning rates through S1.2 on a few things of a prepared folder of
-    icons.py: the same samples in the same order. Each row is kept in OUT/results.json as soon as it is there,
-    and the same command continues."""
-    train_evip.choose_device(flags)
-    out, folder = Path(flags.out), Path(flags.out) / "few"
-    choose_things(Path(flags.data), folder, things)
-    stage = next(s for s in train_evip.ICONS if s.name == "S1.2")
-    results = {"torch": torch.__version__, "threads": torch.get_num_threads(), "things": things,
-               "steps": flags.steps, "batch_size": flags.batch_size, "dtype": flags.dtype, "rows": []}
-    if (out / "results.json").exists():
-        earlier = read_json(out / "results.json")
-        same = all(earlier[key] == value for key, value in results.items() if key != "rows")
-        results["rows"] = earlier["rows"] if same else []
-    done = {(row["variant"], row["lr"], row["seed"]) for row in results["rows"]}
-    for seed, k, (name, change) in itertools.product(range(flags.seed, flags.seed + seeds), range(3),
-                                                     VARIANTS.items()):
-        lr = (ICON_LRS_OF_ALL if "trainable" in change else ICON_LRS)[k]
-        if (name, lr, seed) in done:
-            continue
-        flags = replace(flags, seed=seed, lr=lr)
-        _, tok, build = train_evip.origin(flags, stage, True, out)
-        tok.system_message = ""                    # as in S1.2
-        print(f"seed {seed}: {name}, learning rate {lr:g}", flush=True)
-
-        def train(model, stage, tok, flags=flags):
-            dataset = Icons(folder, stage.name, tok, model.config, 1, flags.seed)
-            return train_logged(model, dataset, stage, flags, tok)
-
-        row, llm = {"variant": name, "lr": lr, "seed": seed}, build()
-        torch.manual_seed(seed)                    # new weights for all but the LLM
-        row |= train_variant(change, llm, tok, train, [stage],
-                             lambda model, tok=tok: named_rightly(model, tok, folder), documentation_loss)
-        print({key: value for key, value in row.items() if key != "said"}, flush=True)
-        results["rows"].append(row)
-        (out / "results.json").write_text(json.dumps(results, indent=1))
-    return results
-
-
-def run_ablation(flags: AblationFlags, result: dict):
-    own = train_evip.Flags(steps=flags.steps, eval_questions=flags.eval_questions, seed=flags.seed,
-                           out=flags.out)
-    if flags.data is None:
-        result |= ablation(own, flags.seeds)
-        print(ablation_table(result))
-        return
-    own = replace(own, preset="icons", data=flags.data, init_from=f"{flags.data}/llm", pool=1, batch_size=16,
-                  steps=flags.steps or 400)
-    result |= icon_ablation(own, flags.things, flags.seeds)
-
-
-def ablation_table(results: dict) -> str:
-    def mean(rows, key, form):
-        values = [row[key][-1] if key == "caption loss" else row[key] for row in rows]
-        deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):{form}}{deviation}"
-
-    groups = [[row for row in results["rows"] if row["variant"] == name] for name in VARIANTS]
-    return table([{
-        "S1.1 and S1.2 by": rows[0]["variant"], "text loss before": mean(rows, "text before", ".3f"),
-        "after": mean(rows, "text after", ".3f"),
-        "bitwise equal": "yes" if all(row["text bitwise equal"] for row in rows) else "no",
-        "described rightly": mean(rows, "right", ".0%"), "blank image": mean(rows, "blank", ".0%"),
-        "caption loss": mean(rows, "caption loss", ".3f")} for rows in groups if rows])
-
+# ---------------------------------------------------------------- report: RESULTS.md
 
 ABLATION_PROSE = """
-`python bench.py ablation` takes one S0 per seed through S1.1 and S1.2 in four ways, on the same samples and
+`python ablation.py` takes one S0 per seed through S1.1 and S1.2 in four ways, on the same samples and
 for as many steps. *described rightly* counts, of 500 held-out pictures of all five kinds, those whose
 description has no mistake; *blank image* is the same about grey pictures; *caption loss* is the mean over the
 last tenth of S1.2. Mean ± standard deviation over three seeds, torch {torch}. (Charts were 1 in 14 of the
@@ -913,9 +727,6 @@ def measure_all(flags: AllFlags):
         main([name, *options.split() * flags.quick, f"--json={out}/bench_{name}_{kind}.json",
               *[f"--png={out}/bench_{name}_{kind}.png"] * (name == "infer")])
         print(f"{name}: {time.time() - started:.0f} s\n", flush=True)
-
-
-# ---------------------------------------------------------------- report: RESULTS.md
 
 ACCURACY_PROSE = """
 `python train_evip.py` (seed 0) and `python train_evip.py --seed 1`, torch {torch}: 100 questions per task
@@ -976,7 +787,7 @@ def report():
 # ---------------------------------------------------------------- main
 
 COMMANDS = {"kernels": (KernelsFlags, kernels), "infer": (InferFlags, infer), "train": (TrainFlags, train),
-            "data": (DataFlags, read_photos), "ablation": (AblationFlags, run_ablation)}
+            "data": (DataFlags, read_photos)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,6 +40,12 @@ def unreadable(file: str | Path, error: str) -> InputError:
     return InputError(f"{readable(file)} {error}")
 
 
+def table(lines: list[dict]) -> str:
+    """Markdown. Each line maps the titles of the columns to what stands there."""
+    rows = [lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
 def read_json(path: str | Path, if_missing: str = "") -> dict:
     """The JSON object in a file. Raises InputError for all else; if_missing: added if there is no file."""
     try:

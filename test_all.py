@@ -70,6 +70,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import ablation
 import bench
 import benchmarks
 import budget
@@ -2151,7 +2152,7 @@ def test_the_lists_of_every_script_add_up_when_repeated_and_replace_their_defaul
     seen = set()
     for flags in [module.Flags for module in (sample, train_evip, evaluate, budget)] + [
             bench.KernelsFlags, bench.InferFlags, bench.TrainFlags, bench.DataFlags,
-            bench.AllFlags, bench.AblationFlags]:
+            bench.AllFlags, ablation.Flags]:
         for name, kind in typing.get_type_hints(flags).items():
             if typing.get_origin(kind) is list:
                 seen.add(name)
@@ -4279,10 +4280,10 @@ def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_i
 def test_real_pictures_compare_each_variant_at_three_learning_rates_and_the_comparison_continues(
         icon_folder, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["ablation", f"--data={icon_folder}", "--things=6", "--steps=1", "--seeds=1", f"--out={out}"]
-    assert bench.main(command) == 0
+    command = [f"--data={icon_folder}", "--things=6", "--steps=1", "--seeds=1", f"--out={out}"]
+    assert ablation.main(command) == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
-    assert len({(row["variant"], row["lr"]) for row in rows}) == len(rows) == 3 * len(bench.VARIANTS)
+    assert len({(row["variant"], row["lr"]) for row in rows}) == len(rows) == 3 * len(ablation.VARIANTS)
     for row in rows:
         delta = not row["variant"].startswith("full")
         assert row["text bitwise equal"] == (row["text before"] == row["text after"]) == delta
@@ -4290,7 +4291,7 @@ def test_real_pictures_compare_each_variant_at_three_learning_rates_and_the_comp
     (out / "results.json").write_text(json.dumps(
         json.loads((out / "results.json").read_text()) | {"rows": rows[:-1]}))
     capsys.readouterr()
-    assert bench.main(command) == 0
+    assert ablation.main(command) == 0
     assert capsys.readouterr().out.count("learning rate") == 1
     again = json.loads((out / "results.json").read_text())["rows"]
     assert again[:-1] == rows[:-1] and again[-1]["text after"] == rows[-1]["text after"]
@@ -4442,7 +4443,7 @@ SHORT = {"train_evip.py": "--steps=1 --batch_size=2 --grad_accum=1 --eval_questi
          "bench.py report": "", "bench.py train": "--rounds 2 --tiny_rounds 2 --icons_layers 1",
          "bench.py data": "--width 300 --samples 2 --rounds 2", "bench.py all": "--quick",
          "bench.py infer": "--layers 1 --tiles 1 --batches 1 --rounds 2 --steps 1",
-         "bench.py ablation": "--seeds=1 --steps=1 --eval_questions=1"}
+         "ablation.py": "--seeds=1 --steps=1 --eval_questions=1"}
 
 
 def readme_commands() -> list[str]:
@@ -4490,7 +4491,7 @@ def test_every_command_of_the_readme_runs(command, newcomer, monkeypatch, capfd)
         subprocess.run([sys.executable, HERE / words[1], *words[2:]], check=True)
     elif words[1] != "notebooks/execute.py":                 # which the test of the notebooks runs
         options = SHORT[" ".join(words[1:3 if words[1] == "bench.py" else 2])].split()
-        monkeypatch.setattr(bench, "VARIANTS", dict(list(bench.VARIANTS.items())[:1]))
+        monkeypatch.setattr(ablation, "VARIANTS", dict(list(ablation.VARIANTS.items())[:1]))
         monkeypatch.setattr(bench, "QUICK", {name: SHORT[f"bench.py {name}"] for name in bench.QUICK})
         monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
         script = sys.modules[words[1].removesuffix(".py")]
@@ -4959,16 +4960,16 @@ def test_evaluation_is_right_about_held_out_pictures_and_by_chance_about_blank_o
 @slow
 def test_the_ablation_compares_four_ways_from_one_language_model(tmp_path, monkeypatch):
     flags = tiny_flags(out=str(tmp_path), steps=2, eval_questions=1, batch_size=2)
-    results = bench.ablation(flags, 1)
+    results = ablation.ablation(flags, 1)
     assert results == json.loads((tmp_path / "results.json").read_text())
-    for name, row in zip(bench.VARIANTS, results["rows"], strict=True):
-        assert row["variant"] == name and name in bench.ablation_table(results)
+    for name, row in zip(ablation.VARIANTS, results["rows"], strict=True):
+        assert row["variant"] == name and name in ablation.ablation_table(results)
         assert row["text bitwise equal"] == ("delta" in name) == (row["text before"] == row["text after"])
         assert row["text before"] == results["rows"][0]["text before"]     # one language model
     assert len({row["caption loss"][0] for row in results["rows"]}) == 4   # but four trainings
     monkeypatch.setattr(train_evip, "train_stage", lambda *arguments: False)             # as after Ctrl-C
     with pytest.raises(InputError, match="the ablation was stopped"):
-        bench.ablation(flags, 1)
+        ablation.ablation(flags, 1)
 
 
 # ---------------------------------------------------------------- training: distribution and resume
