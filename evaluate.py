@@ -6,6 +6,13 @@
 
 Benchmarks come as VLMEvalKit's [K] public TSV files; benchmarks.py has their table, prompts and metrics. [K]
 stores each picture as JPEG before it asks about it; here they are read as they are [ours].
+
+Any other TSV file has your own questions: the columns question, answer, image (base64) or image_path, and, if
+you like, options A, B, ... and category. Without a picture, a question is asked as text alone. What the model
+says must be the answer, or name the letter of the right option. If the answer holds a box, as in
+<ref>cup</ref><box>[[x1, y1, x2, y2]]</box>, the model must name a box whose intersection over union with it
+is at least 0.5, as in RefCOCO. The report has the score of each category, too.
+
 In this order: the flags, answers in batches; the world: the probe of text, accuracy per task, descriptions,
 plots; benchmarks: answers that survive a stop, the report; main.
 """
@@ -48,7 +55,8 @@ class Flags:
     questions: int = flag(100, "held-out questions of the embedded world per task")
     seed: int = flag(0, "another seed asks other questions of the embedded world")
     benchmark: list[str] = flag([], "TSV files of benchmarks, named as in benchmarks.py, or of your own "
-                                "questions: columns image or image_path, question, answer, options A, B, ...")
+                                "questions: columns question, answer, image or image_path, category, "
+                                "options A, B, ...")
     as_: str | None = flag(None, "the benchmark that the one TSV file is, whatever its name", metavar="NAME")
     out: str = flag("out/benchmarks", "folder for answers, the server's files and the report")
     batch_size: int = flag(8, "questions of a benchmark answered at a time")
@@ -440,6 +448,9 @@ def print_report(results: list[dict]) -> None:
                                 ("score", V1, V15, "at_most"))
         print(columns.format(r["benchmark"], r["split"], r["n"], reached, v1, v15, r["open"], most,
                              len(r["unreadable"]), r["note"]))
+        if r["note"] == OWN.note and r["score"] is not None:
+            for name, value in r["parts"].items():
+                print(columns.format("  " + name, "", r["part_rows"][name], f"{value:.1f}", *[""] * 6))
     print("* second hand: from the tables of NEO")
     for r in results:
         if r["left_out"]:

@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
+from benchmarks import boxes
 from budget import peak_memory
 from checkpoint import newest_checkpoint
 from common import InputError, auto_device, flag, parse_flags
@@ -165,16 +166,15 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
 def draw_boxes(picture: Image.Image, answer: str, output: str):
     """Draws what an answer grounds, <ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>, onto the picture.
     Coordinates are thousandths of its width and height."""
-    number = r"\s*(\d+(?:\.\d+)?)\s*"
-    boxes = [(ref, box) for ref, text in re.findall(r"(?:<ref>([^<]*)</ref>\s*)?<box>([^<]*)</box>", answer)
-             for box in re.findall(rf"\[{','.join([number] * 4)}\]", text)]
-    if not boxes:
+    named = [(ref, box) for ref, text in re.findall(r"(?:<ref>([^<]*)</ref>\s*)?<box>([^<]*)</box>", answer)
+             for box in boxes(text)]
+    if not named:
         print("the answer names no box, nothing is drawn", file=sys.stderr)
         return
     draw, size = ImageDraw.Draw(picture), max(picture.size)
-    for (ref, box), color in zip(boxes, itertools.cycle(["red", "lime", "cyan", "yellow"]), strict=False):
-        left, right = sorted(float(x) * picture.width / 1000 for x in box[::2])
-        top, bottom = sorted(float(y) * picture.height / 1000 for y in box[1::2])
+    for (ref, box), color in zip(named, itertools.cycle(["red", "lime", "cyan", "yellow"]), strict=False):
+        left, right = sorted(x * picture.width / 1000 for x in box[::2])
+        top, bottom = sorted(y * picture.height / 1000 for y in box[1::2])
         draw.rectangle((left, top, right, bottom), outline=color, width=max(1, size // 300))
         draw.text((left + 2, top), ref, color, font_size=max(10, size // 40))
     picture.save(output, "PNG")
