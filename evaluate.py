@@ -176,8 +176,8 @@ def described_rightly(model: MonoInternVL, tok: Tokenizer, n: int) -> dict[str, 
     return shares
 
 
-def plot_loss(log: Path, path: Path):
-    """The losses of the last run in log.jsonl, with their moving average."""
+def read_losses(log: Path) -> dict[str, list[float]]:
+    """Stage -> the loss of each step, of the last run in log.jsonl."""
     losses = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         event = json.loads(line)
@@ -185,9 +185,14 @@ def plot_loss(log: Path, path: Path):
             losses = {}
         elif "loss" in event:
             losses.setdefault(event["stage"], []).append(event["loss"])
+    return losses
+
+
+def plot_loss(log: Path, path: Path):
+    """The losses of a run, with their moving average."""
     fig = Figure(figsize=(9, 4))
     ax, start = fig.subplots(), 0
-    for stage, values in losses.items():
+    for stage, values in read_losses(log).items():
         smooth = list(itertools.accumulate(values, lambda average, value: 0.95 * average + 0.05 * value))
         steps = range(start, start + len(values))
         line, = ax.plot(steps, smooth, label=stage)
@@ -288,7 +293,10 @@ def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: t
                  most: int) -> dict:
     """Examines a run of the preset icons: what each stage left of the language model, and what the last one
     sees. Prints it, and draws RUN/predictions.png. most: as icons_accuracy has it."""
-    report = {"text loss": {}, "answers": {}}
+    report = {"text loss": {}, "answers": {}, "losses": {}}
+    for stage, losses in read_losses(run / "log.jsonl").items():           # 40 means of neighbouring steps
+        parts = torch.tensor(losses).tensor_split(min(40, len(losses)))
+        report["losses"][stage] = [round(part.mean().item(), 4) for part in parts]
     for stage in stages:
         tok = Tokenizer(run / stage)
         model = MonoInternVL.from_pretrained(run / stage, dtype=dtype, device=device).eval()
