@@ -1,6 +1,7 @@
 """Every measured number of this project comes from here.
 
     python bench.py kernels        the routed feed-forward layer on each back end
+    python bench.py resources      registers and shared memory of the kernel's tiles, as nvcc compiles them
     python bench.py infer          time to the first token and decoding rate of whole models
     python bench.py train          optimizer steps of the tiny model and of layers of full width
     python bench.py data           photos become tiles
@@ -23,6 +24,7 @@ import re
 import shlex
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -170,15 +172,11 @@ def spread(median: float, quartiles: list[float], digits: int, scale: float = 1)
 
 # ---------------------------------------------------------------- kernels
 
-TILE_CONFIGS = {"small": 1, "medium": 2, "large": 3}                       # moe_kernel.cu's enum TileConfig
-
-
 @dataclass
 class KernelsFlags(Timing):
     dtypes: list[str] = flag(["bfloat16"] if GPU else ["float32", "bfloat16"], "of weights and activations")
     rounds: int = flag(20, "how often each case is timed")
-    back_ends: list[str] = flag(["dense", "torch", "cuda"] + ["cublas"] * GPU,
-                                "for tuning also cuda-small, cuda-medium, cuda-large")
+    back_ends: list[str] = flag(["dense", "torch", "cuda"] + ["cublas"] * GPU, "of the experts")
     hidden_size: int = flag(2048 if GPU else 256, "of the layer")
     intermediate_size: int = flag(8192 if GPU else 1024, "of the layer")
     image_tiles: list[int] = flag([0, 1, 2, 4, 7, 13] if GPU else [0, 1, 2],
@@ -207,17 +205,8 @@ class FeedForwardCase:
         if back_end == "cublas":                                           # sorted beforehand: nothing moves
             return lambda i: [expert(x) for expert, x in zip(self.experts[i], self.sorted[i], strict=True)
                               if len(x)]
-        name, _, size = back_end.partition("-")                            # "cuda-small": that tile only
-        routing = Routing(self.visual, backend=name)
-        if not size:
-            return lambda i: mmoe_swiglu(self.x[i], *self.experts[i], routing)
-        ops, order = torch.ops.mono_internvl, (routing.permutation, routing.counts, TILE_CONFIGS[size])
-
-        def with_one_tile(i):
-            (t1, t3, t2), (v1, v3, v2) = ((e.w1.weight, e.w3.weight, e.w2.weight) for e in self.experts[i])
-            h = ops.moe_swiglu(self.x[i][0], t1, t3, v1, v3, *order)
-            return ops.moe_linear(h, t2, v2, *order[:2], None, False, True, order[2])[None]
-        return with_one_tile
+        routing = Routing(self.visual, backend=back_end)
+        return lambda i: mmoe_swiglu(self.x[i], *self.experts[i], routing)
 
 
 def peak_memory_mb(run) -> float:
@@ -293,6 +282,65 @@ def chosen_table(microseconds: dict[str, dict]) -> str:
             lines.setdefault(tokens, {"tokens": tokens})[product.replace(" torch.", " ")] = (
                 f"{names.get(tile, best)}{f' / {parts}' * bool(parts)}: {row[best]:.0f} / {row['torch']:.0f}")
     return table(list(lines.values()))
+
+
+# ---------------------------------------------------------------- resources
+
+@dataclass
+class ResourcesFlags(Flags):
+    sm: list[str] = flag(["80", "86", "89", "90", "90a", "100", "120"], "architectures to compile for")
+
+
+def ptxas_report(sm: str) -> str:
+    """What the assembler says about each kernel of moe_kernel.cu. Raises InputError if nvcc is missing."""
+    try:
+        command = moe_kernel.nvcc_command(sm)
+    except RuntimeError as e:
+        raise InputError(str(e)) from None
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", "-o", f"{folder}/kernels.cubin"]
+        compiled = subprocess.run([*command, moe_kernel.SOURCE], text=True, capture_output=True)
+    if compiled.returncode:
+        raise InputError(f"{shlex.join(command)} failed: {compiled.stderr}")
+    return compiled.stderr
+
+
+def resources(flags: ResourcesFlags, result: dict):
+    """Of the bfloat16 tiles; those of float16 are alike. A tile is a BlockTile of moe_kernel.cu, whose name
+    for the linker holds its numbers. Its shared memory is its ring of stages."""
+    reports, rows = {sm: ptxas_report(sm) for sm in flags.sm}, {}
+    version = subprocess.run([moe_kernel.nvcc_command("")[0], "--version"], text=True, capture_output=True)
+    result |= {"nvcc": re.search(r"V([\d.]+)", version.stdout)[1], "sm": flags.sm, "rows": []}
+    entry = r"entry function '(\S+)'.*\n.*\n.* (\d+) bytes spill loads\n.*Used (\d+) registers"
+    for sm, report in reports.items():
+        for name, spilled, registers in re.findall(entry, report):
+            tile = re.search(r"\d([a-z]+_kernel)I13__nv_bfloat169BlockTileI((?:Li\d+E)+)ELb(.)E", name)
+            if tile is None or tile[1] == "wgmma_kernel" and sm != "90a":
+                continue
+            bm, bn, bk, warps_m, warps_n, stages, *_ = map(int, re.findall(r"\d+", tile[2]))
+            row = rows.setdefault(tile[0], {
+                "kernel": tile[1], "product": ("linear", "SwiGLU")[int(tile[3])],
+                "tokens": bm, "weight_rows": bn, "k": bk, "stages": stages, "threads": 32 * warps_m * warps_n,
+                "shared_bytes": (bm + bn) * bk * 2 * stages, "spilled_bytes": 0, "registers": {}})
+            row["registers"][sm] = int(registers)
+            row["spilled_bytes"] += int(spilled)
+    for row in sorted(rows.values(), key=lambda row: [*row.values()][:6]):
+        record(result, "rows", row, flags)
+
+
+RESOURCES_PROSE = """
+`{command}`, nvcc {nvcc}. Registers of a thread for each architecture, of 255 at most. A block tile multiplies
+so many tokens by so many weight rows, so many numbers along K at a time. wgmma exists on sm_90a only. Bytes
+that did not fit into registers and were spilled to memory: {spilled}.
+"""
+
+
+def resources_table(result: dict) -> str:
+    return table([{
+        "kernel": r["kernel"], "product": r["product"],
+        "tokens × weight rows × K": f"{r['tokens']} × {r['weight_rows']} × {r['k']}", "stages": r["stages"],
+        "threads": r["threads"], "shared KB": r["shared_bytes"] // 1024,
+        **{f"sm_{sm}": r["registers"].get(sm, "–") for sm in result["sm"]}} for r in result["rows"]])
 
 
 # ---------------------------------------------------------------- infer
@@ -776,6 +824,10 @@ def report():
         on_gpu, chosen = True, read_json(file)
         parts += [f"### `{file}`", "`python moe_kernel.py` on {device}, torch {torch}. ".format(**chosen)
                   + CHOSEN_PROSE, chosen_table(chosen["microseconds"])]
+    for file in sorted(assets.glob("kernel_resources*.json")):
+        result = read_json(file)
+        spilled = sum(row["spilled_bytes"] for row in result["rows"])
+        parts += [f"### `{file}`", RESOURCES_PROSE.format(**result, spilled=spilled), resources_table(result)]
     ablations = read_json(assets / "ablation.json")
     parts += ["## Ablations", ABLATION_PROSE.format(**ablations), ablation_table(ablations)]
     head = ["# Results", "`python bench.py report` makes all these tables of the files in `assets/`."]
@@ -786,8 +838,8 @@ def report():
 
 # ---------------------------------------------------------------- main
 
-COMMANDS = {"kernels": (KernelsFlags, kernels), "infer": (InferFlags, infer), "train": (TrainFlags, train),
-            "data": (DataFlags, read_photos)}
+COMMANDS = {"kernels": (KernelsFlags, kernels), "resources": (ResourcesFlags, resources),
+            "infer": (InferFlags, infer), "train": (TrainFlags, train), "data": (DataFlags, read_photos)}
 
 
 def main(argv: list[str] | None = None) -> int:

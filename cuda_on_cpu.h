@@ -22,7 +22,8 @@
 //   - The program aborts if threads of a warp wait at different places, or if a barrier is not reached by all
 //     threads of the block; if a 16-byte access to shared memory is misaligned; and if the rows that ldmatrix
 //     reads together lie in the same banks.
-//   - A launch with more than 48 KB of shared memory fails unless cudaFuncSetAttribute has allowed it.
+//   - A launch with more than 48 KB of shared memory fails unless cudaFuncSetAttribute has allowed it, which
+//     gives at most 227 KB, or what CUDA_ON_CPU_SHARED_KB in the environment says.
 //   - Shared memory and stacks are ordinary memory, which -fsanitize=address,undefined checks.
 // The stack switch is written in assembly for x86-64. On other CPUs, or with -DCUDA_ON_CPU_UCONTEXT, POSIX
 // ucontext does it, more slowly.
@@ -175,7 +176,8 @@ static cudaError_t last_error = cudaSuccess;
 }
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor };
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
-    if (bytes > 227 << 10) return cudaErrorInvalidValue;  // the limit on sm_90
+    const char* limit = getenv("CUDA_ON_CPU_SHARED_KB");  // of a block; sm_90 has 227 KB
+    if (bytes > (limit ? atoi(limit) : 227) << 10) return cudaErrorInvalidValue;
     return cuda_on_cpu::max_shared_bytes[(void*)kernel] = bytes, cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }

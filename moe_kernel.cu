@@ -147,9 +147,8 @@ __device__ inline TokenTile find_token_tile(int token_tile, int BM, const int64_
 
 // The GPU starts blocks in the order x, y, z. The y index counts the column tiles. The token tiles are cut
 // into bands: the x index counts the token tiles of one band, and the z index counts the bands, and in each
-// band the splits. Blocks that
-// run at the same time therefore share a weight tile while it is in the L2 cache. Every column tile reads all
-// rows of x in the band again. The length of a band limits their number, so that many are still in L2.
+// band the splits. So blocks that run at the same time share a weight tile while it is in the L2 cache. Every
+// column tile reads all rows of x in the band again; as a band is short, many of them are still in L2.
 constexpr int BAND = 32;  // token tiles
 __device__ inline int token_tile_of_block(int splits) { return blockIdx.z / splits * BAND + blockIdx.x; }
 
@@ -541,34 +540,35 @@ static int launch_block_tile(const Problem<T>& p, void (*kernel)(Problem<T>), cu
 }
 
 // AUTO is a guess for when nothing has been measured. NAIVE runs linear_naive_kernel.
-enum TileConfig {
-    AUTO, SMALL, MEDIUM, LARGE, NAIVE, HOPPER_64x64, HOPPER_64x128, HOPPER_128x192, HOPPER_128x256
-};
+enum TileConfig { AUTO, SMALL, MEDIUM, LARGE, NAIVE, HOPPER_64x64, HOPPER_64x128, HOPPER_128x192,
+                  HOPPER_128x256, MEDIUM_3, LARGE_3 };
 
 // Large tiles load the fewest bytes from L2 per multiply-add. With few tokens, most of the time goes into
 // reading the weights. Small tiles then give every multiprocessor a block, and their ring of stages keeps
-// many bytes in flight. The tiles of gemm_kernel fit in 96 KB of shared memory, because a block on sm_89 gets
-// at most 99 KB. Of the two smaller tiles of wgmma_kernel, two blocks fit in a multiprocessor.
+// many bytes in flight. A multiprocessor of sm_86, 89 or 120 has 100 KB of shared memory, room for one block
+// of the first three tiles. Two blocks of MEDIUM_3 or LARGE_3 fit, and one computes while the other waits. On
+// Hopper two blocks of the smaller tiles of wgmma_kernel fit. RESULTS.md lists all registers and bytes.
 template <bool SWIGLU, typename T>
 static int launch_gemm(const Problem<T>& p, int tile_config, cudaStream_t stream) {
     int device = 0, capability = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
-    if (error != cudaSuccess) return error;
-    if (tile_config >= HOPPER_64x64 && capability != 9) return cudaErrorInvalidValue;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
+    const bool hopper = tile_config >= HOPPER_64x64 && tile_config <= HOPPER_128x256;
+    if (hopper && capability != 9) return cudaErrorInvalidValue;
     if (tile_config == AUTO) tile_config = p.num_tokens <= 64 ? SMALL : p.num_tokens <= 1024 ? MEDIUM : LARGE;
 #define TILE(CONFIG, KERNEL, ...)                                                                           \
     case CONFIG: return launch_block_tile<BlockTile<__VA_ARGS__>, SWIGLU>(                                  \
         p, KERNEL<T, BlockTile<__VA_ARGS__>, SWIGLU>, stream);
     switch (tile_config) {  // BM, BN, BK, WARPS_M, WARPS_N, STAGES, and for wgmma BLOCKS, PENDING
-        TILE(SMALL, gemm_kernel, 64, SWIGLU ? 64 : 32, 64, 4, 1, SWIGLU ? 4 : 8)  //  95 registers on an H100
-        TILE(MEDIUM, gemm_kernel, 64, 128, 64, 2, 2, 4)                           // 128
-        TILE(LARGE, gemm_kernel, 128, 128, 32, 2, 2, 4)                           // 221
-        TILE(HOPPER_64x64, wgmma_kernel, 64, 64, 64, 4, 1, 6, 2, 1)               //  74
-        TILE(HOPPER_64x128, wgmma_kernel, 64, 128, 64, 4, 1, 4, 2, 0)             // 116
-        TILE(HOPPER_128x192, wgmma_kernel, 128, 192, 64, 8, 1, 5, 1, 1)           // 146
-        TILE(HOPPER_128x256, wgmma_kernel, 128, 256, 64, 8, 1, 4, 1, 1)           // 190
+        TILE(SMALL, gemm_kernel, 64, SWIGLU ? 64 : 32, 64, 4, 1, SWIGLU ? 4 : 8)
+        TILE(MEDIUM, gemm_kernel, 64, 128, 64, 2, 2, 4)
+        TILE(LARGE, gemm_kernel, 128, 128, 32, 2, 2, 4)
+        TILE(MEDIUM_3, gemm_kernel, 64, 128, 32, 2, 2, 3)
+        TILE(LARGE_3, gemm_kernel, 128, 128, 32, 2, 2, 3)
+        TILE(HOPPER_64x64, wgmma_kernel, 64, 64, 64, 4, 1, 6, 2, 1)
+        TILE(HOPPER_64x128, wgmma_kernel, 64, 128, 64, 4, 1, 4, 2, 0)
+        TILE(HOPPER_128x192, wgmma_kernel, 128, 192, 64, 8, 1, 5, 1, 1)
+        TILE(HOPPER_128x256, wgmma_kernel, 128, 256, 64, 8, 1, 4, 1, 1)
     }
     return cudaErrorInvalidValue;
 }

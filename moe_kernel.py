@@ -33,7 +33,8 @@ from common import InputError
 SOURCE = Path(__file__).resolve().with_name("moe_kernel.cu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}           # the values of the kernel's Dtype
 TILES = {"small": 1, "medium": 2, "large": 3, "naive": 4,                  # the kernel's TileConfig
-         "hopper64x64": 5, "hopper64x128": 6, "hopper128x192": 7, "hopper128x256": 8}
+         "hopper64x64": 5, "hopper64x128": 6, "hopper128x192": 7, "hopper128x256": 8,
+         "medium3": 9, "large3": 10}
 SPLIT = 100                                        # s · SPLIT + a tile config: the sum is split in s parts
 SIZES = 64, 128, 256, 320, 512, 576, 1024, 1088, 1856, 2048, 3392, 4096    # tokens; of 1, 2, 4, 7, 13 tiles
 CHECKED_SIZES = (0, 8, 8), (1, 8, 8), (65, 200, 72), (270, 520, 264)       # tokens, K, M: tails everywhere
@@ -54,6 +55,15 @@ def _locked(path: Path):
         yield
 
 
+def nvcc_command(sm: str) -> list[str]:
+    """How to compile for an architecture. Raises RuntimeError if nvcc is missing."""
+    folders = os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+    compiler = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if compiler is None:
+        raise RuntimeError("nvcc is missing; install the CUDA toolkit, or set CUDA_HOME to its folder")
+    return [compiler, "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}"]
+
+
 def build(device: torch.device, source: Path = SOURCE) -> str:
     """Compiles with nvcc for a GPU, or with g++ and cuda_on_cpu.h for a CPU. Returns the path of the library.
 
@@ -61,17 +71,13 @@ def build(device: torch.device, source: Path = SOURCE) -> str:
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        sm = "90a" if capability == (9, 0) else "{}{}".format(*capability)     # "a" brings wgmma
-        folders = os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
-        compiler = shutil.which("nvcc", path=os.pathsep.join(folders))
-        if compiler is None:
-            raise RuntimeError("nvcc is missing; install the CUDA toolkit, or set CUDA_HOME to its folder")
-        command = [compiler, "-Xcompiler", "-fPIC", f"-gencode=arch=compute_{sm},code=sm_{sm}"]
+        command = nvcc_command("90a" if capability == (9, 0) else "{}{}".format(*capability))  # a has wgmma
+        command += ["-Xcompiler", "-fPIC"]
     elif device.type == "cpu":
-        command = [os.environ.get("CXX", "g++"), "-x", "c++", "-fPIC"]
+        command = [os.environ.get("CXX", "g++"), "-x", "c++", "-std=c++17", "-O3", "-fPIC"]
     else:
         raise RuntimeError("it runs on NVIDIA GPUs and CPUs only")
-    command += ["-std=c++17", "-O3", "-shared", str(source)]
+    command += ["-shared", str(source)]
     key = hashlib.sha256(repr(command).encode())
     for file in source, source.with_name("cuda_on_cpu.h"):
         key.update(file.read_bytes())
@@ -190,10 +196,13 @@ _swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 
 def tile_configs(device: torch.device, dtype: torch.dtype, product: str) -> list[int]:
     """What may be the fastest for a product on this device. In float32 all tiles are the same."""
-    hopper = device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)    # or its model
-    tiles = [t for name, t in TILES.items() if name != "naive" and (hopper or "hopper" not in name)]
     if dtype == torch.float32:
-        return tiles[:1]
+        return [TILES["small"]]
+    gpu = None if device.type == "cpu" else torch.cuda.get_device_properties(device)       # a CPU runs all
+    hopper = gpu is None or (gpu.major, gpu.minor) == (9, 0)
+    three_stages = gpu is None or gpu.shared_memory_per_multiprocessor <= 100 << 10
+    tiles = [t for name, t in TILES.items() if name != "naive" and (hopper or "hopper" not in name)
+             and (three_stages or name[-1] != "3")]
     split = ("hopper64x64", "hopper128x192") if hopper else ("small", "medium")
     return tiles + [s * SPLIT + TILES[name] for name in split for s in (2, 4, 8) if product != "swiglu"]
 

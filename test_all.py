@@ -3029,6 +3029,19 @@ def test_launchers_equal_a_float64_reference_bitwise_alike_in_every_order_of_thr
         check_route(random_labels(draw, 3000, device))
 
 
+@pytest.mark.parametrize("kilobytes, tiles", [
+    (99, {"small", "medium", "large", "medium3", "large3"}), (49, {"medium3", "large3"})])
+def test_where_a_multiprocessor_has_100_kilobytes_these_tiles_fit_in_once_or_twice(
+        monkeypatch, kilobytes, tiles):
+    monkeypatch.setenv("CUDA_ON_CPU_SHARED_KB", str(kilobytes))
+    fit, labels = set(), torch.tensor([TEXT, VISUAL], dtype=torch.uint8)
+    for tile in "small", "medium", "large", "medium3", "large3":
+        with contextlib.suppress(RuntimeError):
+            check_kernels(labels, 72, 40, torch.bfloat16, tile)
+            fit.add(tile)
+    assert fit == tiles
+
+
 @on_every_device
 @on_every_dtype
 @pytest.mark.parametrize("kind", [TEXT, VISUAL, PAD])
@@ -3263,17 +3276,44 @@ def test_two_processes_build_once_and_a_killed_build_stops_nobody(tmp_path, monk
     assert len(list(library.parent.glob("*.so"))) == 1
 
 
+RESOURCES = json.loads((HERE / "assets" / "kernel_resources.json").read_text(encoding="utf-8"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", ["80", "90a", "120"])
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-def test_nvcc_compiles_it_without_warnings_spills_or_products_one_after_another(tmp_path, sm):
+def test_nvcc_compiles_it_without_warnings_spills_or_products_one_after_another(tmp_path, monkeypatch, sm):
     """C7500 to C7599 are ptxas' remarks about wgmma that it cannot run asynchronously."""
-    report = subprocess.run(["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}",
-                             "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", "-o", tmp_path / "moe",
-                             HERE / "moe_kernel.cu"], text=True, capture_output=True)
-    assert report.returncode == 0 and not re.search("warning|C75", report.stderr), report.stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report.stderr)
-    assert len(spills) >= 28 and set(spills) == {("0", "0")}
+    report = bench.ptxas_report(sm)
+    assert not re.search("warning|C75", report), report
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) >= 36 and set(spills) == {("0", "0")}
+    monkeypatch.setattr(bench, "ptxas_report", lambda sm: report)
+    assert bench.main(["resources", f"--sm={sm}", f"--json={tmp_path}/a.json"]) == 0
+    result = json.loads((tmp_path / "a.json").read_text())
+    if result["nvcc"] == RESOURCES["nvcc"]:
+        kept = [{**row, "registers": {sm: row["registers"].get(sm)}} for row in RESOURCES["rows"]]
+        assert result["rows"] == [row for row in kept if row["registers"][sm]]
+
+
+def test_the_kept_resources_are_those_of_the_tiles_that_exist():
+    """Those of another kernel would say nothing. If this fails: python bench.py resources --json FILE."""
+    tiles = re.findall(r"  TILE\(\w+, (\w+), (.*)\)", (HERE / "moe_kernel.cu").read_text())
+    expected = set()
+    for (kernel, arguments), (product, taken) in itertools.product(tiles, [("SwiGLU", 1), ("linear", 2)]):
+        numbers = re.sub(r"SWIGLU \? (\d+) : (\d+)", rf"\{taken}", arguments).split(", ")
+        expected.add((kernel, product, *(int(numbers[i]) for i in (0, 1, 2, 5))))
+    names = "kernel", "product", "tokens", "weight_rows", "k", "stages"
+    assert {tuple(row[name] for name in names) for row in RESOURCES["rows"]} == expected
+    assert len(expected) == 2 * len(moe_kernel.TILES) - 2                  # all but the naive kernel
+    assert all(row["spilled_bytes"] == 0 for row in RESOURCES["rows"])
+
+
+def test_without_nvcc_bench_resources_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert bench.main(["resources"]) == 1
+    assert capsys.readouterr().err.startswith("error: nvcc is missing; install the CUDA toolkit")
 
 
 @pytest.mark.parametrize("output, message", [
@@ -3359,6 +3399,21 @@ def test_two_processes_measure_once(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: run_python(code, tmp_path, PYTHONWARNINGS="ignore"), range(2)))
     assert both[0].returncode == 0 and both[0].stdout == both[1].stdout
+
+
+@pytest.mark.parametrize("capability, kilobytes, hopper, three_stages", [
+    ((8, 0), 164, False, False), ((8, 9), 100, False, True), ((9, 0), 228, True, False),
+    ((10, 0), 228, False, False), ((12, 0), 100, False, True)])
+def test_a_gpu_measures_the_tiles_that_were_made_for_it(monkeypatch, capability, kilobytes, hopper,
+                                                        three_stages):
+    gpu = SimpleNamespace(major=capability[0], minor=capability[1],
+                          shared_memory_per_multiprocessor=kilobytes << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    for product in "linear", "swiglu", "w2":
+        tiles = moe_kernel.tile_configs(torch.device("cuda"), torch.bfloat16, product)
+        assert ({5, 6, 7, 8} <= {*tiles}, {9, 10} <= {*tiles}) == (hopper, three_stages)
+        assert {5, 6, 7, 8, 9, 10} & {*tiles} or not (hopper or three_stages)
+        assert any(t > moe_kernel.SPLIT for t in tiles) == (product != "swiglu")
 
 
 def test_the_fastest_tile_and_back_end_of_the_nearest_size_are_chosen(monkeypatch):
