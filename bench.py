@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import Template
 
 import torch
 from matplotlib.figure import Figure
@@ -259,19 +260,6 @@ def kernels_tables(result: dict) -> str:
         "× dense": f"{dense.get((r['dtype'], r['tokens']), math.nan) / r['ms']:.2f}"} for r in rows])
 
 
-KERNELS_PROSE = """
-The feed-forward of one layer, on 64 text tokens and some tiles of 256 visual tokens. *matmul* and *copy* are
-shares of what a large matrix product and a large copy reach. Only useful operations count, one expert per
-token, so `dense` cannot exceed half. `cublas` is each expert on tokens that were sorted beforehand. On a CPU,
-`cuda` is moe_kernel.cu run by cuda_on_cpu.h: its times say nothing about a GPU.
-"""
-
-
-CHOSEN_PROSE = """What `--moe auto` takes after this: for each product of a layer and number of tokens (64 of
-them text) the fastest tile that was found right, and its time in microseconds; after the slash, the time of
-PyTorch's gather, two products and scatter. A tile with "/ 4" adds up its sum in 4 parts."""
-
-
 def chosen_table(microseconds: dict[str, dict]) -> str:
     """microseconds: of moe_kernel.py's file, {product: {tokens: {tile config or "torch": time}}}."""
     names, lines = {number: name for name, number in moe_kernel.TILES.items()}, {}
@@ -328,15 +316,9 @@ def resources(flags: ResourcesFlags, result: dict):
         record(result, "rows", row, flags)
 
 
-RESOURCES_PROSE = """
-`{command}`, nvcc {nvcc}. Registers of a thread for each architecture, of 255 at most. A block tile multiplies
-so many tokens by so many weight rows, so many numbers along K at a time. wgmma exists on sm_90a only. Bytes
-that did not fit into registers and were spilled to memory: {spilled}.
-"""
-
-
 def resources_table(result: dict) -> str:
-    return table([{
+    spilled = sum(row["spilled_bytes"] for row in result["rows"])
+    return f"Bytes that did not fit into registers and were spilled to memory: {spilled}.\n\n" + table([{
         "kernel": r["kernel"], "product": r["product"],
         "tokens × weight rows × K": f"{r['tokens']} × {r['weight_rows']} × {r['k']}", "stages": r["stages"],
         "threads": r["threads"], "shared KB": r["shared_bytes"] // 1024,
@@ -537,33 +519,6 @@ def plot_infer(result: dict, path: str):
     figure.savefig(path, dpi=110)
 
 
-INFER_PROSE = """
-Weights are random; values are medians, with quartiles in brackets. *modular* is InternViT-300M, an MLP and
-the same LLM without visual experts. *by operations* is the ratio of `dense` to `torch` by counting: attention
-and the vision embedding are the same for both. *floor* is the share that was reached of what a large matrix
-product and a large copy reach. (A copy reads and writes; reading alone can be faster.)
-
-The targets on a CPU were 1.7 × `dense` at 2 tiles and 1.9 × at 7. What float32 lacks is time outside the
-matrix products: norms, RoPE, softmax, gather and scatter, and the few text tokens. In bfloat16 the matrix
-unit of this processor (AMX) is so fast that this time weighs more. The second file is without AMX.
-
-On the GPU, prompts of up to 1,088 tokens are replayed as CUDA graphs if they are text alone or use the `cuda`
-back end. The `torch` back end asks the device for the numbers of tokens, so the host limits it. The target
-was 69 % less than the modular counterpart where that is possible. At 7 tiles it is 30 %, and by operations it
-could be 46 %. At one tile both wait for the same LLM, and it is no less.
-
-Decoding was measured there by the functions of bench.py, batch 1: 2.68 ms a step as a graph and 2.03 ms
-compiled after 320 tokens, 3.10 and 2.00 ms after 1,856. That is 40 % of the copy rate; the target is 65 %.
-cuBLAS reads the weights in 1.2 ms, at 2.9 of 4.3 TB/s. The rest is small kernels and the gaps between them.
-
-An earlier bench.py measured three more things in these runs, which only the files hold. Text alone had 0.98
-to 1.01 × the speed of the LLM without visual experts. A decoding step after 2,000 cached tokens took, without
-its attention, 0.99 to 1.00 × the time of one after 200. w1 and w3 as one matrix had 0.96 to 1.00 × the speed
-of two. The machine was shared. Text alone, and float32 at 2 tiles, were measured again when the other core
-was idle. Beside a busy core they had been 0.96 to 1.02, and 1.68 and 1.75 × `dense`.
-"""
-
-
 # ---------------------------------------------------------------- train
 
 @dataclass
@@ -663,19 +618,6 @@ def train_tables(result: dict) -> str:
         "× dense": f"{dense.get((r['model'], r['stage']), math.nan) / r['seconds']:.2f}"} for r in rows])
 
 
-TRAIN_PROSE = """
-Whole optimizer steps: forward, backward, clipping, AdamW. *share of peak* counts useful operations. `dense`
-runs both experts on every token, pads included, as the official code does. On a CPU at full width, AdamW
-updates 63 or 126 M parameters, which takes a good part of a step of 320 tokens. So it misses the target of
-1.7 × `dense`.
-
-The GPU's rows are older than three changes: no mask for padded rows, attention that shares keys, and compiled
-layers. With all three, the step of S1.2 on 12 layers took 61.8 ms instead of 78.0 on the same kind of GPU:
-331 TFLOP/s, 42 % of the peak. The target is 45 %. The device works for 55.8 ms of it: products 24, AdamW 7,
-attention 4, and the rest are elementwise kernels, gathering and scattering.
-"""
-
-
 # ---------------------------------------------------------------- data
 
 @dataclass
@@ -729,27 +671,7 @@ def data_tables(result: dict) -> str:
         "MB/s of tiles": f"{r['pixels_mb_s']:.0f}"} for r in result["rows"]])
 
 
-DATA_PROSE = """
-From a JPEG file to tiles of 448 pixels in a batch, by processes that read samples (`--workers`). Times and
-rates are those of one process.
-"""
-
-
 # ---------------------------------------------------------------- report: RESULTS.md
-
-ABLATION_PROSE = """
-`python ablation.py` takes one S0 per seed through S1.1 and S1.2 in four ways, on the same samples and
-for as many steps. *described rightly* counts, of 500 held-out pictures of all five kinds, those whose
-description has no mistake; *blank image* is the same about grey pictures; *caption loss* is the mean over the
-last tenth of S1.2. Mean ± standard deviation over three seeds, torch {torch}. (Charts were 1 in 14 of the
-pictures then; now they are 1.5 in 14.5.)
-
-Delta tuning keeps the language model, in every bit. Full fine-tuning describes better after the same steps,
-and forgets the text. The attention experts of 1.5 lower the caption loss with every seed. Whether visual
-experts start as copies or at random makes no difference to this model of a million parameters, whose language
-model has trained for 200 steps only. [03_evip_training](notebooks/03_evip_training.ipynb) draws the curves.
-"""
-
 
 # ---------------------------------------------------------------- all of it
 
@@ -776,63 +698,40 @@ def measure_all(flags: AllFlags):
               *[f"--png={out}/bench_{name}_{kind}.png"] * (name == "infer")])
         print(f"{name}: {time.time() - started:.0f} s\n", flush=True)
 
-ACCURACY_PROSE = """
-`python train_evip.py` (seed 0) and `python train_evip.py --seed 1`, torch {torch}: 100 questions per task
-about held-out pictures. No combination of things, bars or words and no scan of a digit is shared with
-training. *blank image* is the control: a model that answers as well about a grey picture does not look.
-*chance* is a guess from the question alone. Text loss before S1.1 and after S1.2 (seed 0): {before:.6f} and
-{after:.6f}, the logits bitwise equal.
-
-Seed 0 took {seconds:.0f} s on one core of a busy AMD EPYC (`OMP_NUM_THREADS=1`). Two idle cores took 190 s
-and reached 96.4 %: threads add up in another order, so the weights differ. `--recipe evip` (v1, seed 0) took
-244 s there and reached 86 %; its weakest task was shape (61 %).
-
-About twenty full runs settled the wording of the world, the size of the model and the schedule, judged by
-other held-out questions (seed 4242). But the last two choices, how often a chart is shown and how many steps
-S2 has, followed a look at this table. So 300 new questions per task were asked once afterwards, by
-`python evaluate.py --model out/evip++/S2 --questions 300 --seed 20261124`: 96.7 % (seed 0) and 95.7 %
-(seed 1) on average, and 91 % and 90 % for position, the weakest task. Runs differ: a skill such as comparing
-bars forms late and all at once. With 600 steps fewer, one task in ten stayed at 48 to 75 %.
-"""
+def tables_of(pattern: str, made_by: str, tables) -> str:
+    """A heading, how it was measured, the tables and the picture of each file in assets/."""
+    parts = []
+    for file in sorted(Path("assets").glob(pattern)):
+        result, picture = read_json(file), file.with_suffix(".png")
+        parts += [f"#### `{file}`", made_by.format(**result), tables(result)]
+        parts += [f"![The same as a picture]({picture})"] * picture.exists()
+    return "\n\n".join(parts)
 
 
 def report():
-    """Writes RESULTS.md from the measurements in assets/. Both are in the current folder."""
-    assets, on_gpu = Path("assets"), False
-    runs = [read_json(file) for file in sorted(assets.glob("results_seed*.json"))]
-    if not runs:
-        raise InputError("there is no assets/results_seed0.json: run this in the folder of the project")
-    losses = {"before": runs[0]["S1.1"]["text loss before"], "after": runs[0]["S1.2"]["text loss after"]}
-    parts = ["## Held-out accuracy of the tiny model", ACCURACY_PROSE.format(**runs[0], **losses),
-             table([{"task": task,
-                     **{f"seed {run['seed']}": f"{run['tasks'][task]['accuracy']:.0%}" for run in runs},
-                     "blank image (seed 0)": f"{row['blank']:.0%}", "chance": f"{row['chance']:.0%}"}
-                    for task, row in runs[0]["tasks"].items()])]
-    for title, name, prose, tables in (("Training steps", "train", TRAIN_PROSE, train_tables),
-                                       ("Inference", "infer", INFER_PROSE, infer_tables),
-                                       ("The kernel", "kernels", KERNELS_PROSE, kernels_tables),
-                                       ("Reading pictures", "data", DATA_PROSE, data_tables)):
-        files = sorted(assets.glob(f"bench_{name}_*.json"))
-        parts += [f"## {title}", prose] * bool(files)
-        for file in files:
-            result, picture = read_json(file), file.with_suffix(".png")
-            on_gpu |= result["device"] == "cuda"
-            made_by = "`{command}` on {hardware}, torch {torch}, {clock}. ".format(**result)
-            parts += [f"### `{file}`", made_by + tables(result)]
-            parts += [f"![{title}]({picture})"] * picture.exists()
-    for file in sorted(assets.glob("moe_kernel_*.json")):
-        on_gpu, chosen = True, read_json(file)
-        parts += [f"### `{file}`", "`python moe_kernel.py` on {device}, torch {torch}. ".format(**chosen)
-                  + CHOSEN_PROSE, chosen_table(chosen["microseconds"])]
-    for file in sorted(assets.glob("kernel_resources*.json")):
-        result = read_json(file)
-        spilled = sum(row["spilled_bytes"] for row in result["rows"])
-        parts += [f"### `{file}`", RESOURCES_PROSE.format(**result, spilled=spilled), resources_table(result)]
-    ablations = read_json(assets / "ablation.json")
-    parts += ["## Ablations", ABLATION_PROSE.format(**ablations), ablation_table(ablations)]
-    head = ["# Results", "`python bench.py report` makes all these tables of the files in `assets/`."]
-    head += ["**Nothing has been measured on a GPU yet.**"] * (not on_gpu)
-    text = "\n\n".join(part.strip() for part in head + parts) + "\n"
+    """Writes RESULTS.md: assets/results.md with the tables of the measurements in assets/. Both folders are
+    in the current one."""
+    if not Path("assets/results.md").exists():
+        raise InputError("there is no assets/results.md: run this in the folder of the project")
+    runs = [read_json(f"assets/results_seed{seed}.json") for seed in (0, 1)]
+    ablations, timed = read_json("assets/ablation.json"), "`{command}` on {hardware}, torch {torch}, {clock}."
+    values = {
+        "torch": runs[0]["torch"], "seconds": f"{runs[0]['seconds']:.0f}",
+        "before": f"{runs[0]['S1.1']['text loss before']:.6f}",
+        "after": f"{runs[0]['S1.2']['text loss after']:.6f}",
+        "accuracy": table([{
+            "task": task, **{f"seed {run['seed']}": f"{run['tasks'][task]['accuracy']:.0%}" for run in runs},
+            "blank image (seed 0)": f"{row['blank']:.0%}", "chance": f"{row['chance']:.0%}"}
+            for task, row in runs[0]["tasks"].items()]),
+        "ablation_torch": ablations["torch"], "ablation": ablation_table(ablations),
+        "train": tables_of("bench_train_*.json", timed, train_tables),
+        "infer": tables_of("bench_infer_*.json", timed, infer_tables),
+        "kernels": tables_of("bench_kernels_*.json", timed, kernels_tables),
+        "data": tables_of("bench_data_*.json", timed, data_tables),
+        "chosen": tables_of("moe_kernel_*.json", "`python moe_kernel.py` on {device}, torch {torch}.",
+                            lambda result: chosen_table(result["microseconds"])),
+        "resources": tables_of("kernel_resources*.json", "`{command}`, nvcc {nvcc}.", resources_table)}
+    text = Template(Path("assets/results.md").read_text(encoding="utf-8")).substitute(values)
     Path("RESULTS.md").write_text(text, encoding="utf-8")
 
 
