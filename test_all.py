@@ -4559,15 +4559,26 @@ def test_results_md_is_what_bench_report_makes_of_the_measurements(tmp_path, mon
     assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == RESULTS
 
 
-def test_the_readme_repeats_the_recipes_and_the_results_truly():
+def test_the_readme_is_short_and_repeats_the_recipes_and_the_results_truly():
+    assert len(README.splitlines()) <= 220 and len(README.split()) <= 2000
     assert len(re.findall("^pip install", README, re.M)) == 2              # what .ci/run takes
     for stage, v1 in zip(train_evip.RECIPES["evip++"], train_evip.RECIPES["evip"], strict=True):
         row = [stage.name, stage.goal, stage.trainable, str(stage.max_tiles),
                f"{stage.steps} · {stage.lr:g} {stage.schedule}", stage.paper, v1.paper]
         assert f"| {' | '.join(row)} |" in README
-    extract = README[README.index("## What is measured"):README.index("## Paper facts")]
-    figures = [line for line in extract.splitlines() if line.startswith("| ")]
-    assert len(figures) == 8 and set(figures) <= set(RESULTS.splitlines())
+    shares = [re.findall(r"(\d+(?:\.\d+)?) ?%", re.sub(r"```.*?```", "", text, flags=re.S))
+              for text in (README, RESULTS)]
+    assert len(shares[0]) > 4 and {*shares[0]} <= {*shares[1]}
+
+
+def test_the_code_and_the_tests_that_the_papers_claims_name_are_there():
+    sources = {file.name: file.read_text(encoding="utf-8") for file in HERE.glob("*.py")}
+    claims = RESULTS[RESULTS.index("## Paper to code"):RESULTS.index("## Held-out")]
+    for names, file in re.findall(r"((?:`\w+`,? ?)+)in `(\w+\.py)`", claims):
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^ *(def |class |){name}\b", sources[file], re.M), name
+    for name in re.findall(r"`(test_\w+)", claims):
+        assert f"def {name}" in sources["test_all.py"], name
 
 
 def test_the_recipe_for_an_expert_type_makes_one(tmp_path, monkeypatch):
