@@ -42,7 +42,7 @@ import benchmarks
 from benchmarks import BENCHMARKS, OWN, Tsv, aggregate, prompt, score  # noqa: F401   (score is for importers)
 from checkpoint import newest_checkpoint
 from common import InputError, flag, parse_flags, rank, read_json, wait_for_all, world_size
-from data import Tokenizer, collate, encode_conversation, load_tiles, normalise, open_image, turns
+from data import IGNORED, Tokenizer, collate, encode_conversation, load_tiles, normalise, open_image, turns
 from icons import Pictures, plain_scene, test_questions
 from mono_internvl import MonoInternVL
 from sample import explain_out_of_memory, load_model
@@ -251,14 +251,39 @@ def ask_icons(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda
     return said
 
 
+@torch.inference_mode()
+def likeliest(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda image: image) -> list[str]:
+    """Of each row with options, the letter of the one that is the likeliest answer to "What is this?"."""
+    c, device, letters = model.config, model.language_model.output.weight.device, []
+    for start in range(0, len(rows), 16):
+        samples = []
+        for row in rows[start:start + 16]:
+            tiles = load_tiles(show(row["image"]), c.max_dynamic_patch, c.image_size)
+            for name in benchmarks.options(row).values():
+                conversation = turns("<image>\n" + row["question"], name)
+                ids, labels = encode_conversation(tok, conversation, [len(tiles)], c.tokens_per_tile)
+                samples.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
+                                "pixel_values": tiles})
+        batch = {k: None if v is None else v.to(device) for k, v in collate(samples, tok.pad_id).items()}
+        batch["pixel_values"] = normalise(batch["pixel_values"])
+        losses = model(**batch, reduction="none")[1].float()
+        of_sample = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
+        sums = iter(torch.zeros(len(samples), device=device).index_add_(0, of_sample, losses).tolist())
+        for row in rows[start:start + 16]:
+            loss_of = {letter: next(sums) for letter in benchmarks.options(row)}
+            letters.append(min(loss_of, key=loss_of.get))
+    return letters
+
+
 def icons_accuracy(model: MonoInternVL, tok: Tokenizer, folder: Path, most: int) -> tuple[dict, list]:
     """({file of questions, or file: category: {"accuracy", "blank", "n"}}, the answers about the names of
     TEST_HAND's drawings as examples of plot_predictions). most: questions of a file, drawn at random."""
-    table, examples, rng = {}, [], random.Random(0)
-    for name, rows in test_questions(folder).items():
+    table, examples, rng, files = {}, [], random.Random(0), test_questions(folder)
+    files["choices by likelihood"] = files["choices"]
+    for name, rows in files.items():
         rows = rng.sample(rows, min(most, len(rows)))
         for column, show in (("accuracy", lambda image: image), ("blank", blank)):
-            said = ask_icons(model, tok, rows, show)
+            said = (likeliest if "likelihood" in name else ask_icons)(model, tok, rows, show)
             result = aggregate("icons", rows, said)
             table.setdefault(name, {"n": len(rows)})[column] = result["score"] / 100
             for category, value in result["parts"].items():
