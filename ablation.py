@@ -1,11 +1,11 @@
-"""The papers' claims, tried out: what differs if all weights train, without attention experts, or if experts
-start at random.
+"""Ablations of the papers' claims: train all weights, drop the attention experts, or start experts at random.
 
     python ablation.py                         # the embedded world, the tiny language model: an hour on a CPU
     python ablation.py --data icons            # real pictures and SmolLM2-135M, as icons.py prepares them
 
-Each variant starts from the same language model and learns from the same samples in the same order. In this
-order: the variants; the embedded world; real pictures; the table; main. OUT/results.json keeps the rows.
+Each variant starts from the same language model and learns from the same samples in the same order.
+OUT/results.json keeps a row per run. This file holds, in this order: the variants; the embedded world (drawn
+by world.py); real pictures; the table; main.
 """
 import itertools
 import json
@@ -27,31 +27,35 @@ from world import KINDS, World
 
 # ---------------------------------------------------------------- the variants
 
-VARIANTS = {                           # of S1.1 and S1.2: what differs from the first
+# How S1.1 and S1.2 differ from the paper: {} for the first, which is the paper's way.
+VARIANTS = {
     "delta tuning, 1.5": {},
     "full fine-tuning, 1.5": {"trainable": "all"},
     "delta tuning, v1": {"attn_experts": ""},
     "delta tuning, 1.5, random experts": {"copy_experts": False},
 }
-ICON_LRS = 6e-4, 3e-4, 1.2e-3          # each variant gets its own best of three
-ICON_LRS_OF_ALL = 1e-4, 3e-5, 3e-4     # full fine-tuning
+# Learning rates to try with real pictures, so that each variant can be judged by its best of three.
+ICON_LRS = 6e-4, 3e-4, 1.2e-3
+ICON_LRS_OF_ALL = 1e-4, 3e-5, 3e-4     # of full fine-tuning
 
 
 @dataclass
 class Flags:
-    seeds: int = flag(3, "how many")
-    seed: int = flag(0, "the first")
-    steps: int | None = flag(None, "of each stage (default: as in the recipe, icons 400)")
-    eval_questions: int = flag(100, "held-out pictures of each kind")
-    data: str | None = flag(None, "compare on real pictures and a real language model: folder of icons.py")
-    things: int = flag(60, "how many of them, as many of each group")
+    seeds: int = flag(3, "number of seeds")
+    seed: int = flag(0, "first seed")
+    steps: int | None = flag(None, "optimizer steps of each stage (default: the recipe's; with --data 400)")
+    eval_questions: int = flag(100, "held-out pictures of each kind, of the embedded world")
+    data: str | None = flag(None, "folder of icons.py: compare on its pictures and language model")
+    things: int = flag(60, "things to learn with --data: a third from each group")
     out: str = flag("out/ablation", "folder of the run")
 
 
 def train_variant(change: dict, llm: MonoInternVL, tok: Tokenizer, train, stages: list, look,
                   text_loss=None) -> dict:
-    """Takes a copy of the language model through the stages. change: of VARIANTS. look(model): what the model
-    says about pictures, to be recorded. text_loss(model, tok): None takes that of the embedded world."""
+    """Trains a copy of the language model through the stages and returns what was measured. change: a value
+    of VARIANTS. train(model, stage, tok): trains in place, and returns the loss of each step. look(model):
+    measures what the model sees; its fields join the result. text_loss(model, tok): the loss on text (None:
+    that of the embedded world's texts)."""
     model = MonoInternVL(replace(llm.config, attn_experts=change.get("attn_experts", "qkvo")))
     model.load_state_dict({name: weight for name, weight in llm.state_dict().items()
                            if name.startswith("language_model") and "_ve." not in name}, strict=False)
@@ -83,8 +87,9 @@ def train_logged(model: MonoInternVL, dataset, stage, flags: train_evip.Flags, t
 # ---------------------------------------------------------------- the embedded world
 
 def ablation(flags: train_evip.Flags, seeds: int = 3) -> dict:
-    """Trains each variant through S1.1 and S1.2 on a CPU: from one S0 per seed (or --init_from), on the same
-    samples of the embedded world, for as many steps. Writes OUT/results.json and returns what it holds."""
+    """Trains each variant through S1.1 and S1.2 on a CPU, with the same samples of the embedded world and
+    numbers of steps. All variants of a seed start from one language model: that of S0, or init_from. Writes
+    OUT/results.json and returns what it holds."""
     started, rows = time.time(), []
     flags = replace(flags, device="cpu", dtype="float32", out=flags.out or "out/ablation")
     s0, *stages = train_evip.RECIPES["evip++"][:3]
@@ -116,7 +121,8 @@ def ablation(flags: train_evip.Flags, seeds: int = 3) -> dict:
 # ---------------------------------------------------------------- real pictures and a real language model
 
 def choose_things(data: Path, out: Path, n: int):
-    """Makes `out` a folder like `data`, of n of its things: as many of each group, spread over the group."""
+    """Makes `out` a folder like `data` that has only n of its things, n // 3 of each of the three groups.
+    They are spread evenly over the list of a group."""
     index, kept = read_json(data / "index.json", "; python icons.py makes it"), set()
     for group in {thing["group"]: None for thing in index["things"]}:
         numbers = [i for i, thing in enumerate(index["things"])
@@ -130,8 +136,8 @@ def choose_things(data: Path, out: Path, n: int):
 
 
 def named_rightly(model: MonoInternVL, tok: Tokenizer, folder: Path) -> dict:
-    """The names that the model gives to one picture of each thing: by a hand that it was trained on, and by
-    the one that it never saw."""
+    """Asks the model to name one picture of each thing, once from an icon set (a "hand") that it was trained
+    on, and once from the one that it never saw. Returns what it "said" and the share of right names."""
     found = {}
     for column, split in ("seen hand", "train"), ("unseen hand", "test"):
         pictures = Pictures(folder, split)
@@ -144,9 +150,8 @@ def named_rightly(model: MonoInternVL, tok: Tokenizer, folder: Path) -> dict:
 
 
 def icon_ablation(flags: train_evip.Flags, things: int, seeds: int) -> dict:
-    """Trains each variant with three learning rates through S1.2 on a few things of a prepared folder of
-    icons.py: the same samples in the same order. Each row is kept in OUT/results.json as soon as it is there,
-    and the same command continues."""
+    """Trains each variant through S1.2 with three learning rates, on a few things of a folder that icons.py
+    has prepared. OUT/results.json gets each row at once, so the same command continues after a stop."""
     train_evip.choose_device(flags)
     out, folder = Path(flags.out), Path(flags.out) / "few"
     choose_things(Path(flags.data), folder, things)
@@ -165,7 +170,7 @@ def icon_ablation(flags: train_evip.Flags, things: int, seeds: int) -> dict:
             continue
         flags = replace(flags, seed=seed, lr=lr)
         _, tok, build = train_evip.origin(flags, stage, True, out)
-        tok.system_message = ""                    # as in S1.2
+        tok.system_message = ""                    # captions come without one, so ask without one, too
         print(f"seed {seed}: {name}, learning rate {lr:g}", flush=True)
 
         def train(model, stage, tok, flags=flags):
