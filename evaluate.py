@@ -87,7 +87,8 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
     end, device = tok.token_id("<|im_end|>"), model.language_model.output.weight.device
     batch = collate(samples, tok.pad_id, left=True)
     del batch["labels"]
-    if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
+    # The other tensors stay on the CPU, where generate can read them without waiting for a GPU.
+    if batch["pixel_values"] is not None:
         batch["pixel_values"] = normalise(batch["pixel_values"].to(device))
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=end, prefill_chunk=4096,
                             num_tokens=len(tok))
@@ -127,7 +128,7 @@ def delta_verdict(before: MonoInternVL, after: MonoInternVL, trained: set[str], 
 
 
 def blank(image: Image.Image) -> Image.Image:
-    """A grey picture of the same size. Who answers as well about this one did not look."""
+    """A grey picture of the same size. A model that answers as well about this one did not look."""
     return Image.new("RGB", image.size, (64, 64, 64))
 
 
@@ -163,7 +164,7 @@ def print_table(table: dict) -> None:
 def described_rightly(model: MonoInternVL, tok: Tokenizer, n: int) -> dict[str, float]:
     """The share of held-out pictures, n of each kind, whose description has no mistake ("right"), and the
     same when the model sees blank pictures instead ("blank")."""
-    def facts(text):                   # in any order, without the words that say nothing
+    def facts(text):                   # parts of a description, in any order, without "a" and "is"
         return {frozenset(re.findall(r"\w+", part)) - {"a", "is"} for part in re.split("[.,]", text)}
 
     c, shares, rng = model.config, {}, random.Random("test")
@@ -253,7 +254,8 @@ def ask_icons(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda
 
 @torch.inference_mode()
 def likeliest(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda image: image) -> list[str]:
-    """Of each row with options, the letter of the one that is the likeliest answer to "What is this?"."""
+    """For each row with options: the letter of the option whose text is the likeliest answer to the question.
+    Unlike the letter that a model says, this does not depend on its knowing the format of choices."""
     c, device, letters = model.config, model.language_model.output.weight.device, []
     for start in range(0, len(rows), 16):
         samples = []
@@ -276,8 +278,8 @@ def likeliest(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda
 
 
 def icons_accuracy(model: MonoInternVL, tok: Tokenizer, folder: Path, most: int) -> tuple[dict, list]:
-    """({file of questions, or file: category: {"accuracy", "blank", "n"}}, the answers about the names of
-    TEST_HAND's drawings as examples of plot_predictions). most: questions of a file, drawn at random."""
+    """({"FILE" or "FILE: CATEGORY": {"accuracy", "blank", "n"}}, the answers of the file "names" as examples
+    for plot_predictions). FILE: a name of icons.test_questions. most: at most so many questions of a file."""
     table, examples, rng, files = {}, [], random.Random(0), test_questions(folder)
     files["choices by likelihood"] = files["choices"]
     for name, rows in files.items():
@@ -297,8 +299,8 @@ def icons_accuracy(model: MonoInternVL, tok: Tokenizer, folder: Path, most: int)
 
 
 def ask_capitals(model: MonoInternVL, tok: Tokenizer, folder: Path) -> list[dict]:
-    """What the model says about the capitals of countries: asked in text alone, and in front of the flag. It
-    was never trained on capitals with pictures."""
+    """What the model says about the capitals of countries: asked in text alone, and about a picture of the
+    flag. It was never trained on capitals with pictures."""
     pictures, capitals = Pictures(folder, "test"), read_json(Path(__file__).with_name("assets")
                                                              / "capitals.json")
     flags = [(thing, sources[0]) for thing, sources in pictures.drawings.items()
@@ -316,8 +318,8 @@ def ask_capitals(model: MonoInternVL, tok: Tokenizer, folder: Path) -> list[dict
 
 def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: torch.dtype,
                  most: int) -> dict:
-    """Examines a run of the preset icons: what each stage left of the language model, and what the last one
-    sees. Prints it, and draws RUN/predictions.png. most: as icons_accuracy has it."""
+    """Measures a run of the preset icons: the loss and answers in text after each stage, and what the last
+    stage's model sees. Prints it, and draws RUN/predictions.png. most: see icons_accuracy."""
     report = {"text loss": {}, "answers": {}, "losses": {}}
     for stage, losses in read_losses(run / "log.jsonl").items():           # 40 means of neighbouring steps
         parts = torch.tensor(losses).tensor_split(min(40, len(losses)))
@@ -347,7 +349,7 @@ def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: t
 
 def read_answers(output: Path, tsv: Tsv, settings: str) -> dict[int, dict]:
     """{row: record} of OUT/NAME.jsonl and of the parts beside it, to which processes append. A part may end
-    in half a record. settings "": whatever the answers were made with."""
+    in half a record. Raises InputError if answers were made with other settings; "" accepts any."""
     found = {}
     parts = sorted(path for path in output.parent.iterdir() if path.name.startswith(output.name + ".part"))
     for path in [output] * output.exists() + parts:
@@ -378,7 +380,8 @@ def merge_answers(output: Path, tsv: Tsv, settings: str) -> None:
 
 def answer_window(model: MonoInternVL, tok: Tokenizer, tsv: Tsv, window: range, benchmark: str, flags: Flags,
                   bar: tqdm) -> dict[int, dict]:
-    """{row: {"prediction": text, or None with "error": why it could not be asked}} for a window."""
+    """{row: {"prediction": text}} for a window; {"prediction": None, "error": why} if a question could not be
+    asked."""
     b, c = BENCHMARKS.get(benchmark, OWN), model.config
     samples, found = [], {}
     for i in window:
@@ -434,7 +437,7 @@ V1, V15 = "Mono-InternVL-2B", "Mono-InternVL-1.5-2B (second hand)"
 
 
 def write_server_file(benchmark: str, rows: list[dict], said: list[str], output: Path) -> None:
-    """What the servers of MMBench, DocVQA and InfoVQA and the evaluator of MMVet take."""
+    """Writes what you submit to the servers of MMBench, DocVQA and InfoVQA, or to the evaluator of MMVet."""
     if benchmark.startswith("MMBench"):
         with open(output.with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, ["index", "question", *"ABCD", "prediction"], extrasaction="ignore")
@@ -472,7 +475,7 @@ def result_of(benchmark: str, tsv: Tsv, output: Path, settings: str, judged: dic
 
 
 def print_report(results: list[dict]) -> None:
-    """At most: the score if a GPT judged all answers right that are left open."""
+    """Prints the table. "at most": the score if a GPT judged all answers right that rules leave open."""
     columns = "{:21.21}{:12}{:>7}{:>8}{:>8}{:>9}{:>8}{:>9}{:>12}  {}"
     print("\n" + columns.format("benchmark", "split", "n", "score", "2B", "1.5-2B*", "open", "at most",
                                 "unreadable", ""))
