@@ -629,6 +629,8 @@ def test_the_loss_is_the_mean_over_supervised_tokens_and_the_head_sees_no_other_
     assert any(g.any() for g in grads.values()) == bool(wanted)
 
 
+# ---------------------------------------------------------------- the cache
+
 class Conversation(RuleBasedStateMachine):
     """One cache, and all that may happen to it. Whatever came before, an answer is that of
     `generate_naively`, and exactly the new part of the prompt is read.
