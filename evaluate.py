@@ -206,17 +206,28 @@ def plot_loss(log: Path, path: Path):
 
 
 def plot_predictions(examples: list, path) -> None:
-    """Twenty pictures with the question and the answer, green if it is right, else red with the truth."""
-    fig = Figure(figsize=(15, 12))
-    axes = fig.subplots(4, 5)
+    """Twenty pictures with question and answer: green if the answer is right, else red with the right one.
+    Boxes are drawn instead of written, right ones that the model missed dashed."""
+    fig = Figure(figsize=(15, 14))
+    room = {"left": 0.01, "right": 0.99, "bottom": 0.04, "top": 0.93, "hspace": 0.4, "wspace": 0.12}
+    axes = fig.subplots(4, 5, gridspec_kw=room)              # five lines fit above each picture
     for ax, (picture, question, truth, said, is_right) in zip(axes.flat, examples, strict=False):
+        color = "darkgreen" if is_right else "firebrick"
         ax.imshow(picture.image)
-        ax.set_axis_off()
-        lines = (question, said) if is_right else (question, said, "✗ " + truth)
-        ax.set_title("\n".join(textwrap.shorten(line, 42, placeholder="…") for line in lines), fontsize=9,
-                     color="darkgreen" if is_right else "firebrick")
-    fig.tight_layout()
-    fig.savefig(path, dpi=90)
+        ax.set(xticks=[], yticks=[], anchor="S")
+        ax.spines[:].set(color=color, linewidth=4)
+        lines = [question, said] if is_right else [question, said, "right: " + truth]
+        for text, style in zip(lines[1:], ("-", "--"), strict=False):
+            for box in re.findall(r"\[(\d+), (\d+), (\d+), (\d+)\]", text):
+                sides = 2 * picture.image.size
+                x1, y1, x2, y2 = (int(v) * side / 1000 for v, side in zip(box, sides, strict=True))
+                ax.plot((x1, x2, x2, x1, x1), (y1, y1, y2, y2, y1), style, linewidth=3,
+                        color="lime" if is_right else "red")
+        lines = [textwrap.fill(re.sub("<ref>.*", "(box)", line), 36) for line in lines]
+        ax.set_title("\n".join(lines), fontsize=11, color=color)
+    fig.text(0.28, 0.01, "green: the answer is right", color="darkgreen", fontsize=14)
+    fig.text(0.48, 0.01, "red: it is wrong, and the right one follows", color="firebrick", fontsize=14)
+    fig.savefig(path, dpi=180)
 
 
 # ---------------------------------------------------------------- real pictures, a real language model

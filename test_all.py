@@ -633,26 +633,6 @@ def test_the_loss_is_the_mean_over_supervised_tokens_and_the_head_sees_no_other_
 
 # ---------------------------------------------------------------- the cache
 
-@pytest.mark.parametrize("rope", ROPE)
-@settings(max_examples=15)
-@given(visual_rows(), st.integers(1, 10), st.sampled_from(["", "qkv", "qkvo"]))
-def test_chunks_of_a_prompt_and_single_tokens_after_it_have_the_logits_of_the_whole(rope, rows, chunk,
-                                                                                    experts):
-    model = tiny(experts, rope_scaling=ROPE[rope], max_position_embeddings=6 if rope == "dynamic" else 64)
-    (ids, pixels, mask), steps = batch_of(rows), []
-    hook = record(model.language_model.output, steps)
-    tokens = torch.tensor(stream(model, ids, pixels, mask, max_new_tokens=3, temperature=1.0, seed=0,
-                                 prefill_chunk=chunk)).T
-    hook.remove()
-    whole, whole_mask = torch.cat([ids, tokens], 1), F.pad(mask, (0, 3), value=1)
-    with torch.no_grad():
-        assert_close(steps[0], model(ids, pixels, mask)[0][:, -1], rtol=1e-4, atol=1e-4)
-        logits = model(whole, pixels, whole_mask)[0][:, ids.shape[1] - 1:-1]
-    for row, length in enumerate(map(len, rows)):
-        if rope != "dynamic" or length + 3 <= 6:   # past the trained positions, cached keys keep their base
-            assert_close(torch.stack(steps, 1)[row], logits[row], rtol=1e-4, atol=1e-4)
-
-
 class Conversation(RuleBasedStateMachine):
     """One cache, and all that may happen to it. Whatever came before, an answer is that of
     `generate_naively`, and exactly the new part of the prompt is read.
@@ -745,34 +725,18 @@ class Conversation(RuleBasedStateMachine):
         self.held = [] if pads or rows > 1 or broken and not failed else self.held
         self.items = [*answer, 1] if rows > 1 and chunk else self.items + answer   # begins like an answer
 
-    @rule(more=some_items, **turn_of)
-    def turn(self, more, **how):
-        self.items = self.items + more
-        self.ask(**how)
-
-    @rule(keep=st.integers(0, 9), more=some_items, **turn_of)
-    def edit(self, keep, more, **how):
+    @rule(keep=st.sampled_from([99, 99, 0, 2, 5, 9]), more=some_items, which=st.integers(0, 9),
+          change=st.sampled_from(["", "", "", "picture", "size", "dtype"]), **turn_of)
+    def turn(self, keep, more, which, change, **how):
         self.items = self.items[:keep] + more or [1]
-        self.ask(**how)
-
-    @rule(which=st.integers(0, 9), **turn_of)
-    def another_picture(self, which, **how):
-        places = [i for i, item in enumerate(self.items) if item < 0]
-        if places:
-            i = places[which % len(places)]
-            self.items[i] = -3 - self.items[i]     # -1 becomes -2
-        self.ask(**how)
-
-    @rule(**turn_of)
-    def pictures_of_another_size(self, **how):
-        self.wide = not self.wide
-        self.ask(**how)
-
-    @rule(dtype=st.sampled_from([torch.float32, torch.float64]), **turn_of)
-    def another_dtype(self, dtype, **how):
-        if self.cache.keys is None or self.cache.keys.dtype != dtype:
-            self.held = []
-        self.model.to(dtype)
+        places = [i for i, item in enumerate(self.items) if item in (-1, -2)]
+        if change == "picture" and places:
+            place = places[which % len(places)]
+            self.items[place] = -3 - self.items[place]             # -1 becomes -2
+        if change == "dtype":
+            exact = next(self.model.parameters()).dtype == torch.float64
+            self.model, self.held = self.model.to(torch.float32 if exact else torch.float64), []
+        self.wide ^= change == "size"
         self.ask(**how)
 
     @rule(length=st.integers(15, 25), **limits)
@@ -782,9 +746,9 @@ class Conversation(RuleBasedStateMachine):
         self.items = self.items[:9]
         self.ask(4, None, {})
 
-    @rule(event=st.sampled_from([dict(fail=1), {}, dict(rows=2)]), **limits)
-    def nothing_but_nan(self, event, **limits):
-        self.items = [-3, 2, 2, 2, 2, -3]
+    @rule(begin=st.booleans(), event=st.sampled_from([dict(fail=1), {}, dict(rows=2)]), **limits)
+    def nothing_but_nan(self, begin, event, **limits):
+        self.items = [1] * begin + [-3, 2, 2, 2, 2, -3]        # attention may carry NaN to the 1 before it
         self.ask(event=event, **limits)
         self.items = [1, -1]
         self.ask(4, None, event if "rows" in event else {})
@@ -2395,19 +2359,6 @@ ASKED = [                                          # a line of a file of questio
     ({"question": "ü"}, ("ü",), ()), ({"conversations": data.turns("So?")}, ("So?",), ()),
     ({"image": "red.png", "conversations": data.turns("<image>\nWhat?", "Red.", "Sure?", "Yes."), "id": "x"},
      ("<image>\nWhat?", "Red.", "Sure?"), ("red.png",))]                   # its last answer is not shown
-
-
-@pytest.mark.parametrize("answer, shown, said", [
-    ("ü<|im_end|>x", "ü", ""), ("ü</s>x", "ü", ""),
-    ("<box>[[1, 2]]</box><|im_end|>", "<box>[[1, 2]]</box>", ""),
-    ("yes", "yes", "the answer was cut after . tokens.*\n"),
-    ([*TOK.encode("ü", bos=False)[:1], KeyboardInterrupt], "\ufffd", "")])     # inside of a character
-def test_an_answer_is_shown_up_to_its_end_with_all_marks(saved_model, monkeypatch, capsys, answer, shown,
-                                                         said):
-    listen(monkeypatch, [TOK.encode(answer, bos=False) if isinstance(answer, str) else answer])
-    assert sample.main(["--model", saved_model, "--prompt", "hi"]) == 0
-    out, err = capsys.readouterr()
-    assert out == shown + "\n" and re.fullmatch(said, err)
 
 
 def test_flags_reach_the_model_and_the_pictures(saved_model, tmp_path, monkeypatch):
