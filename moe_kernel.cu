@@ -2,10 +2,9 @@
 //
 // What. Every token has a fixed expert: text, visual or none (pad). A routed product multiplies the text
 // tokens by the weights of the text expert, and the visual tokens by those of the visual expert:
-//     moe_linear   y[token] = x[token] · w_e^T  (+ residual[token])        wqkv, wo, second half of the FFN
+//     moe_linear   y[token] = x[token] · w_e^T                            wqkv, wo, second half of the FFN
 //     moe_swiglu   h[token] = silu(x[token] · w1_e^T) * (x[token] · w3_e^T)  first half of the FFN
-// where e is the expert of the token. The output of a pad is zero, plus its residual if there is one. Pads
-// are never read from x.
+// where e is the expert of the token. The output of a pad is zero. Pads are never read from x.
 //
 // Why. The simplest way runs both experts on all tokens and discards half of the results. A better way
 // gathers the tokens of each expert, runs two ordinary matrix products, and scatters the results. It needs
@@ -57,7 +56,6 @@ template <typename T> struct Problem {
     const T* x;                       // (num_tokens, in_features)
     const T *w_text, *w_visual;       // (out_features, in_features); in SwiGLU this is w1, the gate
     const T *w3_text, *w3_visual;     // (out_features, in_features); in SwiGLU only: w3, the up projection
-    const T* residual;                // (num_tokens, out_features), or null
     T* y;                             // (num_tokens, out_features)
     const int64_t *gather, *scatter;  // the permutation; null if x, or y, is in permuted order already
     const int64_t* counts;
@@ -122,7 +120,6 @@ template <typename T> __global__ void linear_naive_kernel(const Problem<T> p) {
     if (permuted_index < pads_begin)
         for (int k = 0; k < p.in_features; k++)
             sum += to_float(p.x[x_row * p.in_features + k]) * to_float(w_row[k]);
-    if (p.residual) sum += to_float(p.residual[y_row * p.out_features + column]);
     from_float(p.y[y_row * p.out_features + column], sum);
 }
 // Why it is slow: every thread loads 2·K numbers for K multiply-adds. If the threads of a block share what
@@ -167,11 +164,8 @@ template <typename T>
 __device__ inline void store_vector(const Problem<T>& p, int64_t y_row, int column,
                                     const float (&sum)[Vector<T>::SIZE], bool is_pad) {
     if (column >= p.out_features) return;
-    Vector<T> result{}, residual{};
-    if (p.residual)
-        residual = *reinterpret_cast<const Vector<T>*>(p.residual + y_row * p.out_features + column);
-    for (int i = 0; i < Vector<T>::SIZE; i++)
-        from_float(result.v[i], (is_pad ? 0 : sum[i]) + to_float(residual.v[i]));
+    Vector<T> result;
+    for (int i = 0; i < Vector<T>::SIZE; i++) from_float(result.v[i], is_pad ? 0 : sum[i]);
     *reinterpret_cast<Vector<T>*>(p.y + y_row * p.out_features + column) = result;
 }
 
@@ -593,7 +587,7 @@ static int launch_product(const Problem<T>& p, int tile_config, cudaStream_t str
 }
 
 struct UntypedProblem {  // a Problem as Python passes it, with its element type known only at run time
-    const void *x, *w_text, *w_visual, *w3_text, *w3_visual, *residual;
+    const void *x, *w_text, *w_visual, *w3_text, *w3_visual;
     void* y;
     const int64_t *gather, *scatter, *counts;
     int num_tokens, in_features, out_features;
@@ -601,7 +595,7 @@ struct UntypedProblem {  // a Problem as Python passes it, with its element type
     int splits;
     template <typename T> Problem<T> as() const {
         auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
-        return {typed(x), typed(w_text), typed(w_visual), typed(w3_text), typed(w3_visual), typed(residual),
+        return {typed(x), typed(w_text), typed(w_visual), typed(w3_text), typed(w3_visual),
                 static_cast<T*>(y), gather, scatter, counts, num_tokens, in_features, out_features,
                 partial_sums, splits};
     }
@@ -623,13 +617,13 @@ extern "C" int moe_route(const uint8_t* expert, int64_t* permutation, int64_t* c
            expert, permutation, counts, num_tokens);
     return cudaGetLastError();
 }
-// gather and scatter are the permutation. Null means that x, or y and residual, is already in permuted order.
+// gather and scatter are the permutation. Null means that x, or y, is already in permuted order.
 // partial_sums is room for splits x num_tokens x out_features numbers, or null if splits is 1.
-extern "C" int moe_linear(const void* x, const void* w_text, const void* w_visual, const void* residual,
-                          void* y, const int64_t* gather, const int64_t* scatter, const int64_t* counts,
+extern "C" int moe_linear(const void* x, const void* w_text, const void* w_visual, void* y,
+                          const int64_t* gather, const int64_t* scatter, const int64_t* counts,
                           int num_tokens, int in_features, int out_features, int dtype, int tile_config,
                           float* partial_sums, int splits, cudaStream_t stream) {
-    const UntypedProblem p{x, w_text, w_visual, nullptr, nullptr, residual, y, gather, scatter, counts,
+    const UntypedProblem p{x, w_text, w_visual, nullptr, nullptr, y, gather, scatter, counts,
                            num_tokens, in_features, out_features, partial_sums, splits};
     return launch_for_dtype<false>(p, dtype, tile_config, stream);
 }
@@ -638,8 +632,8 @@ extern "C" int moe_swiglu(const void* x, const void* w1_text, const void* w3_tex
                           const void* w3_visual, void* h, const int64_t* permutation, const int64_t* counts,
                           int num_tokens, int in_features, int out_features, int dtype, int tile_config,
                           cudaStream_t stream) {
-    const UntypedProblem p{x, w1_text, w1_visual, w3_text, w3_visual, nullptr, h, permutation, nullptr,
-                           counts, num_tokens, in_features, out_features, nullptr, 1};
+    const UntypedProblem p{x, w1_text, w1_visual, w3_text, w3_visual, h, permutation, nullptr, counts,
+                           num_tokens, in_features, out_features, nullptr, 1};
     return launch_for_dtype<true>(p, dtype, tile_config, stream);
 }
 extern "C" int moe_driver_version() {

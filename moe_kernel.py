@@ -129,27 +129,26 @@ def launch(function: str, device: torch.device, *arguments: Tensor | int | None)
         raise RuntimeError(f"{function}: {loaded.moe_error_string(error).decode()}")
 
 
-def launch_linear(y: Tensor, x: Tensor, w_text: Tensor, w_visual: Tensor, residual: Tensor | None,
-                  gather: Tensor | None, scatter: Tensor | None, counts: Tensor, tile_config: int) -> None:
+def launch_linear(y: Tensor, x: Tensor, w_text: Tensor, w_visual: Tensor, gather: Tensor | None,
+                  scatter: Tensor | None, counts: Tensor, tile_config: int) -> None:
     splits = max(1, tile_config // SPLIT)
     partial_sums = x.new_empty(splits, *y.shape, dtype=torch.float32) if splits > 1 else None
-    launch("moe_linear", x.device, x, w_text, w_visual, residual, y, gather, scatter, counts, *x.shape,
-           len(w_text), DTYPES[x.dtype], tile_config % SPLIT, partial_sums, splits)
+    launch("moe_linear", x.device, x, w_text, w_visual, y, gather, scatter, counts, *x.shape, len(w_text),
+           DTYPES[x.dtype], tile_config % SPLIT, partial_sums, splits)
 
 
 # ---------------------------------------------------------------- the operators
 
-def _aligned(t: Tensor | None) -> Tensor | None:
+def _aligned(t: Tensor) -> Tensor:
     """Contiguous and at a multiple of 16 bytes, as the kernels need it. Copies only if it must."""
-    if t is None:
-        return None
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 @torch.library.custom_op("mono_internvl::moe_route", mutates_args=())
-def _route(expert: Tensor) -> tuple[Tensor, Tensor]:
-    """expert (N,) uint8: 0 text, 1 visual, else pad -> permutation (N,) and counts (2,), both int64."""
+def route(expert: Tensor) -> tuple[Tensor, Tensor]:
+    """expert (N,) uint8, 0 text, 1 visual, else pad -> (permutation (N,), counts (2,)), both int64 and on the
+    same device, without a device→host sync. Raises InputError for another shape or dtype."""
     if expert.dim() != 1 or expert.dtype != torch.uint8:
         raise InputError(f"expert must be (N,) uint8, not {tuple(expert.shape)} {expert.dtype}")
     permutation = expert.new_empty(len(expert), dtype=torch.int64)
@@ -160,13 +159,13 @@ def _route(expert: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("mono_internvl::moe_linear", mutates_args=())
 def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, counts: Tensor,
-            residual: Tensor | None, gather: bool, scatter: bool, tile_config: int) -> Tensor:
+            gather: bool, scatter: bool, tile_config: int) -> Tensor:
     """x (N, K), weights (M, K) -> (N, M). x is in reading order if gather, else in permuted order; the result
     is in reading order if scatter. tile_config: 0 lets moe_kernel.cu choose, else a value of its enum."""
     y, permutation = x.new_empty(len(x), len(w_text)), _aligned(permutation)
     tile_config = tile_config or best_tile(x.device, x.dtype, "linear" if gather else "w2", x.shape[1],
                                          len(w_text), tokens=len(x))
-    launch_linear(y, *map(_aligned, (x, w_text, w_visual, residual)), permutation if gather else None,
+    launch_linear(y, *map(_aligned, (x, w_text, w_visual)), permutation if gather else None,
                   permutation if scatter else None, _aligned(counts), tile_config)
     return y
 
@@ -183,7 +182,7 @@ def _swiglu(x: Tensor, w1_text: Tensor, w3_text: Tensor, w1_visual: Tensor, w3_v
     return h
 
 
-_route.register_fake(lambda expert: (expert.new_empty(expert.shape, dtype=torch.int64),
+route.register_fake(lambda expert: (expert.new_empty(expert.shape, dtype=torch.int64),
                                      expert.new_empty(2, dtype=torch.int64)))
 _linear.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 _swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
@@ -214,12 +213,12 @@ def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: i
     x, *w = (torch.randn(size, k, generator=generator).to(device, dtype) for size in (n, m, m, m, m))
     w = [weight / k ** 0.5 for weight in w]                                # w1 and w3 of text, then of visual
     expert = (torch.arange(n) * 7 // 3 % 4).clamp(max=2).to(device, torch.uint8)
-    permutation, counts = _route(expert)
+    permutation, counts = route(expert)
 
     def naive(i, scatter):
         y = torch.empty(n, m, device=device)
         weights = w[i].float(), w[i + 2].float()
-        launch_linear(y, x.float(), *weights, None, permutation, scatter, counts, TILES["naive"])
+        launch_linear(y, x.float(), *weights, permutation, scatter, counts, TILES["naive"])
         return y
     linear, swiglu = naive(0, permutation), torch.nn.functional.silu(naive(0, None)) * naive(1, None)
     for is_compared in expert < 3, expert == 1:
@@ -227,7 +226,7 @@ def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: i
             x = x.masked_fill((expert != 1)[:, None], torch.nan)
             w[:2] = [torch.full_like(weight, torch.nan) for weight in w[:2]]
         y, h = (torch.full((n, m), torch.nan, device=device, dtype=dtype) for _ in range(2))
-        launch_linear(y, x, w[0], w[2], None, permutation, permutation, counts, tile_config)
+        launch_linear(y, x, w[0], w[2], permutation, permutation, counts, tile_config)
         results = [("linear", y, linear, is_compared)]
         if tile_config < SPLIT:                                            # SwiGLU does not split sums
             launch("moe_swiglu", device, x, *w, h, permutation, counts, n, k, m, DTYPES[dtype], tile_config)
@@ -239,35 +238,29 @@ def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: i
     return ""
 
 
-def _microseconds(device: torch.device, calls: dict, copies: int) -> dict[str, float]:
-    """Of one call of each, on the device alone: the calls of a CUDA graph do not wait for the host. calls:
-    functions of i, which use weights number i, so that no call finds its weights in the L2 cache."""
-    best = dict.fromkeys(calls, float("inf"))
+def _microseconds(device: torch.device, call, copies: int) -> float:
+    """Of one call, on the device alone: the calls of a CUDA graph do not wait for the host. call: a function
+    of i < copies. It uses weights number i, so that it does not find them in the L2 cache."""
     if device.type == "cpu":
-        for choice, call in calls.items():
-            begin = time.perf_counter()
-            call(0)
-            best[choice] = (time.perf_counter() - begin) * 1e6
-        return best
-    graphs = {choice: torch.cuda.CUDAGraph() for choice in calls}
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        started = time.perf_counter()
+        call(0)
+        return (time.perf_counter() - started) * 1e6
+    graph, best = torch.cuda.CUDAGraph(), math.inf
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    with torch.cuda.stream(stream):
-        for choice, call in calls.items():
-            call(0)
-            stream.synchronize()
-            graphs[choice].capture_begin(pool=pool, capture_error_mode="thread_local")
-            for i in range(copies):
-                call(i)
-            graphs[choice].capture_end()
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        call(0)
+        torch.cuda.synchronize(device)
+        graph.capture_begin(capture_error_mode="thread_local")
+        for i in range(copies):
+            call(i)
+        graph.capture_end()
         for _ in range(4):
-            for choice, graph in graphs.items():
-                begin.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                best[choice] = min(best[choice], begin.elapsed_time(end) / copies * 1e3)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            best = min(best, begin.elapsed_time(end) / copies * 1e3)
     return best
 
 
@@ -283,13 +276,13 @@ def _measure(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
         x = torch.randn(n, k, device=device, dtype=dtype)
         expert = torch.zeros(n, device=device, dtype=torch.uint8)
         expert[32:-32] = 1                                                 # as an image stands in a prompt
-        permutation, counts = _route(expert)
+        permutation, counts = route(expert)
 
         def by_kernel(i, tile_config, x=x, permutation=permutation, counts=counts):
             if product == "swiglu":
                 _swiglu(x, *weights[i], permutation, counts, tile_config)
             else:
-                _linear(x, *weights[i], permutation, counts, None, product == "linear", True, tile_config)
+                _linear(x, *weights[i], permutation, counts, product == "linear", True, tile_config)
 
         def by_torch(i, x=x, permutation=permutation):
             y, half = x.new_empty(len(x), m), matrices // 2
@@ -300,8 +293,8 @@ def _measure(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
                     torch.nn.functional.silu(gathered @ w[0].T) * (gathered @ w[1].T)
                 else:
                     y.index_copy_(0, rows, gathered @ w[0].T)
-        calls = {str(t): functools.partial(by_kernel, tile_config=t) for t in tiles}
-        result[n] = _microseconds(device, calls | {"torch": by_torch}, copies)
+        calls = {str(t): functools.partial(by_kernel, tile_config=t) for t in tiles} | {"torch": by_torch}
+        result[n] = {choice: _microseconds(device, call, copies) for choice, call in calls.items()}
     return result
 
 
@@ -377,7 +370,7 @@ def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, prod
     return "cuda" if sum(kernel) < sum(by_torch) else "torch"
 
 
-# ---------------------------------------------------------------- their gradients
+# ---------------------------------------------------------------- the gradient of the routed product
 
 def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Tensor | None]:
     """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order.
@@ -398,8 +391,8 @@ def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Ten
             for e, want in zip(experts, wanted, strict=True)]
 
 
-def _linear_setup(ctx, inputs, output):
-    *saved, residual, ctx.gather, ctx.scatter, ctx.tile_config = inputs
+def _save_for_backward(ctx, inputs, output):
+    *saved, ctx.gather, ctx.scatter, _ = inputs
     ctx.save_for_backward(*saved)
 
 
@@ -407,40 +400,14 @@ def _linear_backward(ctx, dy):
     x, w_text, w_visual, permutation, counts = ctx.saved_tensors
     dx, dw, need = None, (None, None), ctx.needs_input_grad
     if need[0]:      # the same routed product with transposed weights; gather and scatter change places
-        dx = _linear(dy, w_text.T, w_visual.T, permutation, counts, None, ctx.scatter, ctx.gather,
-                     ctx.tile_config)
+        dx = _linear(dy, w_text.T, w_visual.T, permutation, counts, ctx.scatter, ctx.gather, 0)
     if need[1] or need[2]:
         dy_routed, x_routed = dy[permutation] if ctx.scatter else dy, x[permutation] if ctx.gather else x
         dw = _weight_gradients(dy_routed, x_routed, counts, need[1:3])
-    return dx, *dw, None, None, dy if need[5] else None, None, None, None
+    return dx, *dw, None, None, None, None, None
 
 
-def _swiglu_setup(ctx, inputs, output):
-    *saved, ctx.tile_config = inputs
-    ctx.save_for_backward(*saved)
-
-
-def _swiglu_backward(ctx, dh):
-    x, w1_text, w3_text, w1_visual, w3_visual, permutation, counts = ctx.saved_tensors
-    routed, need = (permutation, counts), ctx.needs_input_grad
-    # gate and up are computed a second time, since the operator returns neither.
-    gate = _linear(x, w1_text, w1_visual, *routed, None, True, False, ctx.tile_config).float()
-    up = _linear(x, w3_text, w3_visual, *routed, None, True, False, ctx.tile_config).float()
-    s = gate.sigmoid()
-    d_gate, d_up = (dh * up * s * (1 + gate * (1 - s))).to(x.dtype), (dh * gate * s).to(x.dtype)
-    dx, dw1, dw3 = None, (None, None), (None, None)
-    if need[0]:
-        dx = _linear(d_gate, w1_text.T, w1_visual.T, *routed, None, False, True, ctx.tile_config)
-        dx = _linear(d_up, w3_text.T, w3_visual.T, *routed, dx, False, True, ctx.tile_config)
-    if any(need[1:5]):
-        x_routed = x[permutation]
-        dw1 = _weight_gradients(d_gate, x_routed, counts, (need[1], need[3]))
-        dw3 = _weight_gradients(d_up, x_routed, counts, (need[2], need[4]))
-    return dx, dw1[0], dw3[0], dw1[1], dw3[1], None, None, None
-
-
-_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
-_swiglu.register_autograd(_swiglu_backward, setup_context=_swiglu_setup)
+_linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
 
 
 # ---------------------------------------------------------------- what the model calls
@@ -474,18 +441,12 @@ def _cast_for_autocast(*tensors: Tensor) -> list[Tensor]:
     return [t.to(torch.get_autocast_dtype(device_type)) for t in tensors]
 
 
-def route(expert: Tensor) -> tuple[Tensor, Tensor]:
-    """expert (N,) uint8, 0 text, 1 visual, 2 pad -> (permutation (N,), counts (2,)), both int64 and on the
-    same device, without a device→host sync. Raises InputError for another shape or dtype."""
-    return _route(expert)
-
-
 def linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, counts: Tensor) -> Tensor:
     """x (..., K), weights (M, K) -> (..., M): each token times its expert's weights, zero for pads. float32,
     bfloat16 or float16; K and M are multiples of 8. Raises InputError for what the kernel cannot do."""
     flat, w_text, w_visual = _cast_for_autocast(x.reshape(-1, x.shape[-1]), w_text, w_visual)
     _check(flat, (w_text, w_visual), permutation, counts)
-    y = _linear(flat, w_text, w_visual, permutation, counts, None, True, True, 0)
+    y = _linear(flat, w_text, w_visual, permutation, counts, True, True, 0)
     return y.view(*x.shape[:-1], len(w_text))
 
 
@@ -497,14 +458,14 @@ def swiglu(x: Tensor, text: Sequence[Tensor], visual: Sequence[Tensor], permutat
         x.reshape(-1, x.shape[-1]), *text[:2], *visual[:2], text[2], visual[2])
     _check(flat, first, permutation, counts)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *first)):
-        # The backward pass needs gate and up. _swiglu would compute them a second time then.
-        gate, up = (_linear(flat, *weights, permutation, counts, None, True, False, 0)
+        # The backward pass needs gate and up, which _swiglu does not return. So it has no gradient.
+        gate, up = (_linear(flat, *weights, permutation, counts, True, False, 0)
                     for weights in (first[::2], first[1::2]))
         h = torch.nn.functional.silu(gate) * up
     else:
         h = _swiglu(flat, *first, permutation, counts, 0)                  # stays in permuted order
     _check(h, (w2_text, w2_visual), permutation, counts)
-    return _linear(h, w2_text, w2_visual, permutation, counts, None, False, True, 0).view(x.shape)
+    return _linear(h, w2_text, w2_visual, permutation, counts, False, True, 0).view(x.shape)
 
 
 def main() -> None:
@@ -514,11 +475,10 @@ def main() -> None:
     products = {"wqkv": ("linear", d, 2 * d), "wo": ("linear", d, d), "w1|w3": ("swiglu", d, f),
                 "w2": ("w2", f, d)}
     print("tokens  product  fastest, microseconds; torch, microseconds")
-    tables = {name: measured(device, dtype, *product) for name, product in products.items()}
-    for n in tables["w2"]:
-        for name, table in tables.items():
-            best = min(table[n], key=table[n].get)
-            print(f"{n:6}  {name:7}  {best:>7} {table[n][best]:8.1f}; torch {table[n]['torch']:8.1f}")
+    for name, product in products.items():
+        for n, times in measured(device, dtype, *product).items():
+            best = min(times, key=times.get)
+            print(f"{n:6}  {name:7}  {best:>7} {times[best]:8.1f}; torch {times['torch']:8.1f}")
 
 
 if __name__ == "__main__":
