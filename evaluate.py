@@ -40,9 +40,9 @@ import benchmarks
 from benchmarks import BENCHMARKS, OWN, Tsv, aggregate, prompt, score  # noqa: F401   (score is for importers)
 from checkpoint import newest_checkpoint
 from common import InputError, flag, parse_flags, rank, read_json, wait_for_all, world_size
-from data import Tokenizer, collate, encode_conversation, load_tiles, normalise, open_image, turns
+from data import Tokenizer, collate, encode_conversation, load_tiles, open_image, turns
 from mono_internvl import MonoInternVL
-from sample import explain_out_of_memory, load_model
+from sample import answer_batch, explain_out_of_memory, load_model
 from world import KINDS, TASKS, World, held_out_questions, is_correct, make_picture
 
 
@@ -78,18 +78,12 @@ def make_sample(model: MonoInternVL, tok: Tokenizer, tiles: list[Tensor], text: 
             "pixel_values": torch.cat(tiles) if tiles else None}
 
 
-def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
-                 max_new_tokens: int) -> list[list[int]]:
-    """The tokens of the greedy answers to these questions, in one left-padded batch."""
-    end, device = tok.token_id("<|im_end|>"), model.language_model.output.weight.device
-    batch = collate(samples, tok.pad_id, left=True)
-    del batch["labels"]
-    if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
-        batch["pixel_values"] = normalise(batch["pixel_values"].to(device))
-    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=end, prefill_chunk=4096,
-                            num_tokens=len(tok))
-    rows = torch.stack(list(tokens), 1).tolist()
-    return [row[:row.index(end)] if end in row else row for row in rows]
+def greedy_answers(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
+                   max_new_tokens: int) -> list[list[int]]:
+    """The tokens of the answers to these questions, asked in one batch."""
+    answered = answer_batch(model, tok, samples, max_new_tokens=max_new_tokens, prefill_chunk=4096,
+                            eos_token_id=(tok.token_id("<|im_end|>"),))
+    return [ids for ids, _ in answered]
 
 
 # ---------------------------------------------------------------- the embedded world
@@ -97,7 +91,7 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
 def answer(model: MonoInternVL, tok: Tokenizer, asked: list[tuple[Tensor, str]]) -> list[str]:
     """Greedy answers to (tiles (n_tiles, 3, S, S) uint8, question) pairs, in one batch."""
     samples = [make_sample(model, tok, [pixels], "<image>\n" + question) for pixels, question in asked]
-    return [tok.decode(ids, skip_special_tokens=False) for ids in answer_batch(model, tok, samples, 48)]
+    return [tok.decode(ids, skip_special_tokens=False) for ids in greedy_answers(model, tok, samples, 48)]
 
 
 @torch.inference_mode()
@@ -265,7 +259,7 @@ def answer_window(model: MonoInternVL, tok: Tokenizer, tsv: Tsv, window: range, 
     batches = [short[k:k + flags.batch_size] for k in range(0, len(short), flags.batch_size)]
     for batch in batches + [[sample] for sample in samples[len(short):]]:
         with explain_out_of_memory("lower --batch_size, or choose --dtype bfloat16"):
-            answered = answer_batch(model, tok, batch, b.tokens)
+            answered = greedy_answers(model, tok, batch, b.tokens)
         for sample, ids in zip(batch, answered, strict=True):
             found[sample["row"]] = {"prediction": tok.decode(ids).strip()}
         bar.update(len(batch))

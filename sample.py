@@ -279,19 +279,15 @@ class Questions(JsonlDataset):
             yield from ([sample] for sample in samples[len(short):])
 
 
-def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict], flags: Flags,
-                 cache: KVCache) -> list[tuple[list[int], bool]]:
-    """The tokens of each answer without the one that ends it, and whether there was one."""
-    batch = collate(samples, tok.pad_id, left=True)
-    device, options = next(model.parameters()).device, generate_options(tok, flags)
+def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
+                 **options) -> list[tuple[list[int], bool]]:
+    """The tokens of each answer without the one that ends it, and whether there was one. options: those of
+    generate, eos_token_id a tuple."""
+    batch, ends = collate(samples, tok.pad_id, left=True), set(options["eos_token_id"])
     del batch["labels"]
     if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
-        batch["pixel_values"] = data.normalise(batch["pixel_values"].to(device))
-    if flags.seed is not None:                     # a seed for each row: as if each were asked alone
-        options["seed"] = [flags.seed] * len(samples)
-    with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
-        tokens = list(model.generate(**batch, **options, kv_cache=cache, num_tokens=len(tok)))
-    ends = set(options["eos_token_id"])
+        batch["pixel_values"] = data.normalise(batch["pixel_values"].to(next(model.parameters()).device))
+    tokens = list(model.generate(**batch, **options, num_tokens=len(tok)))
     return [(list(itertools.takewhile(lambda token: token not in ends, row)), not ends.isdisjoint(row))
             for row in torch.stack(tokens, 1).tolist()]
 
@@ -353,7 +349,8 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch
     """Answers --input. Each batch of answers is appended to --output as soon as it is there, and the file is
     sorted at the end. A run that is stopped loses one batch at most, and the same command continues it."""
     questions, output = Questions(flags, tok, model.config, load), Path(flags.output)
-    in_place, cache, answers = open_in_place(output), KVCache(model.config), {}
+    in_place, options, answers = open_in_place(output), generate_options(tok, flags), {}
+    options["kv_cache"] = KVCache(model.config)
     if in_place is None:
         answers = read_answers(questions, output)
         write_answers(output, answers)
@@ -363,7 +360,10 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch
     try:
         with open(output if in_place is None else os.devnull, "ab") as file:
             for batch in questions.batches(todo, flags, bar):
-                results = answer_batch(model, tok, batch, flags, cache)
+                if flags.seed is not None:         # a seed for each row: as if each were asked alone
+                    options["seed"] = [flags.seed] * len(batch)
+                with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
+                    results = answer_batch(model, tok, batch, **options)
                 for sample, (ids, finished) in zip(batch, results, strict=True):
                     number = questions.line_numbers[sample["index"]]
                     # Half a surrogate pair has no UTF-8. backslashreplace writes it as JSON does: \ud800.

@@ -3551,15 +3551,15 @@ def test_a_benchmark_that_was_stopped_anywhere_ends_with_the_same_files(tmp_path
                               f"--benchmark={tmp_path / 'questions.tsv'}", "--as=own", *flags])
 
     assert run("whole") == 0
-    whole, rng, answer_batch = files_in(tmp_path / "whole"), random.Random(0), evaluate.answer_batch
+    whole, rng, answer_batch = files_in(tmp_path / "whole"), random.Random(0), evaluate.greedy_answers
     assert set(whole) == {"own.jsonl", "report.json", "report.png"}
     for stop in range(1, 11, 4):                   # Ctrl-C in a batch; then a crash loses the end of the file
         calls = itertools.count(1)
-        monkeypatch.setattr(evaluate, "answer_batch", lambda *a, stop=stop, calls=calls: (
+        monkeypatch.setattr(evaluate, "greedy_answers", lambda *a, stop=stop, calls=calls: (
             answer_batch(*a) if next(calls) < stop else (_ for _ in ()).throw(KeyboardInterrupt)))
         assert run(f"{stop}") == 130 and run(f"{stop}", "--score_only") == 1 and "own.jsonl answers" in (
             capsys.readouterr().err)
-        monkeypatch.setattr(evaluate, "answer_batch", answer_batch)
+        monkeypatch.setattr(evaluate, "greedy_answers", answer_batch)
         part = tmp_path / f"{stop}" / "own.jsonl.part0"
         written = part.read_bytes()
         part.write_bytes(written[:rng.randrange(len(written) + 1)])
@@ -3691,7 +3691,7 @@ def test_pictures_are_not_held_in_memory(tmp_path):
 
 def test_the_report_has_what_servers_and_judges_take_and_gives_their_verdict(tmp_path, monkeypatch, capsys):
     picture, said = base64_image(Image.new("RGB", (48, 48))), iter([])
-    monkeypatch.setattr(evaluate, "answer_batch", lambda model, tok, batch, tokens: [
+    monkeypatch.setattr(evaluate, "greedy_answers", lambda model, tok, batch, tokens: [
         tok.encode(next(said), bos=False) for _ in batch])
 
     def run(name, texts, *flags, **columns):
