@@ -42,7 +42,7 @@ from checkpoint import newest_checkpoint
 from common import InputError, flag, parse_flags, rank, read_json, wait_for_all, world_size
 from data import Tokenizer, collate, encode_conversation, load_tiles, open_image, turns
 from mono_internvl import MonoInternVL
-from sample import answer_batch, explain_out_of_memory, load_model
+from sample import answer_batch, explain_out_of_memory, in_batches, load_model
 from world import KINDS, TASKS, World, held_out_questions, is_correct, make_picture
 
 
@@ -253,11 +253,7 @@ def answer_window(model: MonoInternVL, tok: Tokenizer, tsv: Tsv, window: range, 
         except InputError as e:
             found[i] = {"prediction": None, "error": str(e)}
             bar.update()
-    samples.sort(key=lambda sample: len(sample["input_ids"]))
-    # A batch ends when its longest row fills the context. Questions that may do so are asked alone.
-    short = [sample for sample in samples if len(sample["input_ids"]) + b.tokens <= c.context_length]
-    batches = [short[k:k + flags.batch_size] for k in range(0, len(short), flags.batch_size)]
-    for batch in batches + [[sample] for sample in samples[len(short):]]:
+    for batch in in_batches(samples, flags.batch_size, c.context_length - b.tokens):
         with explain_out_of_memory("lower --batch_size, or choose --dtype bfloat16"):
             answered = greedy_answers(model, tok, batch, b.tokens)
         for sample, ids in zip(batch, answered, strict=True):

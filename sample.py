@@ -221,6 +221,14 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
 
 # ---------------------------------------------------------------- a file of questions
 
+def in_batches(samples: list[dict], size: int, room: int) -> list[list[dict]]:
+    """Batches of questions of similar length. A batch ends when its longest row fills the context, so those
+    of more than `room` tokens, whose answers may do that, are asked alone."""
+    samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
+    short = [sample for sample in samples if len(sample["input_ids"]) <= room]
+    return [short[i:i + size] for i in range(0, len(short), size)] + [[s] for s in samples[len(short):]]
+
+
 class Questions(JsonlDataset):
     """The lines of --input. A sample has what collate needs, and its "question"."""
 
@@ -259,24 +267,18 @@ class Questions(JsonlDataset):
                 "pixel_values": torch.cat(tiles) if tiles else None, "question": conversation[-1]["value"]}
 
     def batches(self, todo: list[int], flags: Flags, bar: tqdm) -> Iterator[list[dict]]:
-        """The questions `todo` in batches of similar length, made from 4 · batch_size questions at a time.
-        Those that cannot be asked are left out, named on stderr, and counted in the bar."""
-        size = flags.batch_size
-        for start in range(0, len(todo), 4 * size):
+        """The questions `todo` in batches, made from 4 · batch_size questions at a time. Those that cannot be
+        asked are left out, named on stderr, and counted in the bar."""
+        for start in range(0, len(todo), 4 * flags.batch_size):
             samples = []
-            for i in todo[start:start + 4 * size]:
+            for i in todo[start:start + 4 * flags.batch_size]:
                 try:
                     samples.append({**self[i], "index": i})
                 except InputError as e:
                     self.left_out += 1
                     bar.update()
                     tqdm.write(f"left out: {e}", file=sys.stderr)
-            samples.sort(key=lambda sample: len(sample["input_ids"]))
-            # A batch ends when its longest row fills the context. Questions that may do so are asked alone.
-            room = self.max_tokens - flags.max_new_tokens
-            short = [sample for sample in samples if len(sample["input_ids"]) <= room]
-            yield from (short[i:i + size] for i in range(0, len(short), size))
-            yield from ([sample] for sample in samples[len(short):])
+            yield from in_batches(samples, flags.batch_size, self.max_tokens - flags.max_new_tokens)
 
 
 def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
