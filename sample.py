@@ -101,6 +101,9 @@ def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
         raise InputError(f"{folder}'s tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
     model.moe, model.cuda_graphs = flags.moe, flags.cuda_graphs
     model.compile_decode = compiles(flags, device.type)
+    if model.compile_decode:
+        print("decoding is compiled, which takes about a minute once; --no-compile does without",
+              file=sys.stderr)
     return model
 
 
