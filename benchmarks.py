@@ -354,7 +354,7 @@ NEEDED_COLUMNS = {circular: ("index",), mme: ("category", "image_path"), hallusi
 # ---------------------------------------------------------------- what evaluate.py calls
 
 def pictures(row: dict) -> list[str]:
-    """The base64 texts, or the file names, of a row's pictures. None if both columns are empty."""
+    """The base64 texts, or the file names, of a row's pictures, [] if both columns are empty."""
     named = str(row.get("image") or row.get("image_path") or "")
     return as_list(named) if named else []
 

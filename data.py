@@ -420,15 +420,14 @@ class JsonlDataset(Dataset):
     "image" for text alone. `root` is the folder of the images.
 
     A sample is {"input_ids", "labels": (T,) int64, "pixel_values": (n_tiles, 3, S, S) uint8 or None, "id",
-    "task"}. It is read when it is asked for. Memory holds only where each line begins, 16 bytes per line.
+    "task"}. It is read when it is asked for; memory holds 16 bytes per line. A bad one then raises InputError
+    with its file and line number, which are also the id of a sample without "id".
 
     repeat_time 2.5 gives every sample twice and a random half of them, by seed, once more [ours: the official
     code takes the first part of the file, and no fractions above 1]. The images of a sample share max_tiles
-    [repo]. A sample of more than max_tokens (default: the model's context) is an error, nothing is cut. With
-    augment, its tiles go through JPEG as in load_image; with vary, its images through change_lightly. (seed,
-    index) decide how, so repeat_time 10 gives ten variants of a picture. A bad sample raises InputError when
-    it is asked for, with its file and line number. A sample without "id" has these as its id. `has_images`
-    tells whether any line names an image.
+    [repo]. A sample of more than max_tokens (default: the model's context) is an error, nothing is cut.
+    augment sends tiles through JPEG as in load_tiles, vary sends images through change_lightly; (seed, index)
+    decide how, so repeat_time 10 gives ten variants of a picture. `has_images`: does any line name an image?
     """
 
     has_images = False                             # until find_samples sees one
@@ -441,8 +440,8 @@ class JsonlDataset(Dataset):
         if not os.path.isdir(root):
             raise InputError(f"the image folder {readable(root)} of {name} does not exist")
         self.annotation, self.root, self.tok, self.config = annotation, Path(root).resolve(), tok, config
-        self.seed, self.augment, self.task, self.max_pixels = seed, augment, task, max_pixels
-        self.vary = vary
+        self.seed, self.task, self.max_pixels = seed, task, max_pixels
+        self.augment, self.vary = augment, vary
         self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
         self.max_tokens = config.context_length if max_tokens is None else max_tokens
         if type(repeat_time) not in (int, float) or not 0 < repeat_time <= 1e6:

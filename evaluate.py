@@ -45,7 +45,7 @@ from common import InputError, flag, parse_flags, rank, read_json, wait_for_all,
 from data import IGNORED, Tokenizer, collate, encode_conversation, load_tiles, normalise, open_image, turns
 from icons import Pictures, plain_scene, test_questions
 from mono_internvl import MonoInternVL
-from sample import explain_out_of_memory, load_model
+from sample import answer_batch, explain_out_of_memory, in_batches, load_model
 from world import KINDS, TASKS, World, held_out_questions, is_correct, make_picture
 
 
@@ -81,19 +81,12 @@ def make_sample(model: MonoInternVL, tok: Tokenizer, tiles: list[Tensor], text: 
             "pixel_values": torch.cat(tiles) if tiles else None}
 
 
-def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
-                 max_new_tokens: int) -> list[list[int]]:
-    """The tokens of the greedy answers to these questions, in one left-padded batch."""
-    end, device = tok.token_id("<|im_end|>"), model.language_model.output.weight.device
-    batch = collate(samples, tok.pad_id, left=True)
-    del batch["labels"]
-    # The other tensors stay on the CPU, where generate can read them without waiting for a GPU.
-    if batch["pixel_values"] is not None:
-        batch["pixel_values"] = normalise(batch["pixel_values"].to(device))
-    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=end, prefill_chunk=4096,
-                            num_tokens=len(tok))
-    rows = torch.stack(list(tokens), 1).tolist()
-    return [row[:row.index(end)] if end in row else row for row in rows]
+def greedy_answers(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
+                   max_new_tokens: int) -> list[list[int]]:
+    """The tokens of the answers to these questions, asked in one batch."""
+    answered = answer_batch(model, tok, samples, max_new_tokens=max_new_tokens, prefill_chunk=4096,
+                            eos_token_id=(tok.token_id("<|im_end|>"),))
+    return [ids for ids, _ in answered]
 
 
 # ---------------------------------------------------------------- the embedded world
@@ -101,7 +94,7 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
 def answer(model: MonoInternVL, tok: Tokenizer, asked: list[tuple[Tensor, str]]) -> list[str]:
     """Greedy answers to (tiles (n_tiles, 3, S, S) uint8, question) pairs, in one batch."""
     samples = [make_sample(model, tok, [pixels], "<image>\n" + question) for pixels, question in asked]
-    return [tok.decode(ids, skip_special_tokens=False) for ids in answer_batch(model, tok, samples, 48)]
+    return [tok.decode(ids, skip_special_tokens=False) for ids in greedy_answers(model, tok, samples, 48)]
 
 
 @torch.inference_mode()
@@ -158,7 +151,7 @@ def print_table(table: dict) -> None:
     print(f"\n{'task':{width}}{'held-out':>10}{'blank image':>13}{last:>8}")
     for task, row in table.items():
         print(f"{task:{width}}{row['accuracy']:10.1%}{row['blank']:13.1%}"
-              + f"{row[last]:8.1%}" if last == "chance" else f"{row[last]:8}")
+              + (f"{row[last]:8.1%}" if last == "chance" else f"{row[last]:8}"))
 
 
 def described_rightly(model: MonoInternVL, tok: Tokenizer, n: int) -> dict[str, float]:
@@ -259,7 +252,7 @@ def ask_icons(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda
             shown = [show(row["image"])] if row["image"] else []
             tiles = [load_tiles(image, c.max_dynamic_patch, c.image_size) for image in shown]
             samples.append(make_sample(model, tok, tiles, prompt("icons", row) if shown else row["question"]))
-        said += [tok.decode(ids).strip() for ids in answer_batch(model, tok, samples, max_new_tokens)]
+        said += [tok.decode(ids).strip() for ids in greedy_answers(model, tok, samples, max_new_tokens)]
     return said
 
 
@@ -406,13 +399,9 @@ def answer_window(model: MonoInternVL, tok: Tokenizer, tsv: Tsv, window: range, 
         except InputError as e:
             found[i] = {"prediction": None, "error": str(e)}
             bar.update()
-    samples.sort(key=lambda sample: len(sample["input_ids"]))
-    # A batch ends when its longest row fills the context. Questions that may do so are asked alone.
-    short = [sample for sample in samples if len(sample["input_ids"]) + b.tokens <= c.context_length]
-    batches = [short[k:k + flags.batch_size] for k in range(0, len(short), flags.batch_size)]
-    for batch in batches + [[sample] for sample in samples[len(short):]]:
+    for batch in in_batches(samples, flags.batch_size, c.context_length - b.tokens):
         with explain_out_of_memory("lower --batch_size, or choose --dtype bfloat16"):
-            answered = answer_batch(model, tok, batch, b.tokens)
+            answered = greedy_answers(model, tok, batch, b.tokens)
         for sample, ids in zip(batch, answered, strict=True):
             found[sample["row"]] = {"prediction": tok.decode(ids).strip()}
         bar.update(len(batch))

@@ -101,6 +101,9 @@ def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
         raise InputError(f"{folder}'s tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
     model.moe, model.cuda_graphs = flags.moe, flags.cuda_graphs
     model.compile_decode = compiles(flags, device.type)
+    if model.compile_decode:
+        print("decoding is compiled, which takes about a minute once; --no-compile does without",
+              file=sys.stderr)
     return model
 
 
@@ -221,6 +224,14 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
 
 # ---------------------------------------------------------------- a file of questions
 
+def in_batches(samples: list[dict], size: int, room: int) -> list[list[dict]]:
+    """Batches of questions of similar length. A batch ends when its longest row fills the context, so those
+    of more than `room` tokens, whose answers may do that, are asked alone."""
+    samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
+    short = [sample for sample in samples if len(sample["input_ids"]) <= room]
+    return [short[i:i + size] for i in range(0, len(short), size)] + [[s] for s in samples[len(short):]]
+
+
 class Questions(JsonlDataset):
     """The lines of --input. A sample has what collate needs, and its "question"."""
 
@@ -259,39 +270,29 @@ class Questions(JsonlDataset):
                 "pixel_values": torch.cat(tiles) if tiles else None, "question": conversation[-1]["value"]}
 
     def batches(self, todo: list[int], flags: Flags, bar: tqdm) -> Iterator[list[dict]]:
-        """The questions `todo` in batches of similar length, made from 4 · batch_size questions at a time.
-        Those that cannot be asked are left out, named on stderr, and counted in the bar."""
-        size = flags.batch_size
-        for start in range(0, len(todo), 4 * size):
+        """The questions `todo` in batches, made from 4 · batch_size questions at a time. Those that cannot be
+        asked are left out, named on stderr, and counted in the bar."""
+        for start in range(0, len(todo), 4 * flags.batch_size):
             samples = []
-            for i in todo[start:start + 4 * size]:
+            for i in todo[start:start + 4 * flags.batch_size]:
                 try:
                     samples.append({**self[i], "index": i})
                 except InputError as e:
                     self.left_out += 1
                     bar.update()
                     tqdm.write(f"left out: {e}", file=sys.stderr)
-            samples.sort(key=lambda sample: len(sample["input_ids"]))
-            # A batch ends when its longest row fills the context. Questions that may do so are asked alone.
-            room = self.max_tokens - flags.max_new_tokens
-            short = [sample for sample in samples if len(sample["input_ids"]) <= room]
-            yield from (short[i:i + size] for i in range(0, len(short), size))
-            yield from ([sample] for sample in samples[len(short):])
+            yield from in_batches(samples, flags.batch_size, self.max_tokens - flags.max_new_tokens)
 
 
-def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict], flags: Flags,
-                 cache: KVCache) -> list[tuple[list[int], bool]]:
-    """The tokens of each answer without the one that ends it, and whether there was one."""
-    batch = collate(samples, tok.pad_id, left=True)
-    device, options = next(model.parameters()).device, generate_options(tok, flags)
+def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
+                 **options) -> list[tuple[list[int], bool]]:
+    """The tokens of each answer without the one that ends it, and whether there was one. options: those of
+    generate, eos_token_id a tuple."""
+    batch, ends = collate(samples, tok.pad_id, left=True), set(options["eos_token_id"])
     del batch["labels"]
     if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
-        batch["pixel_values"] = data.normalise(batch["pixel_values"].to(device))
-    if flags.seed is not None:                     # a seed for each row: as if each were asked alone
-        options["seed"] = [flags.seed] * len(samples)
-    with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
-        tokens = list(model.generate(**batch, **options, kv_cache=cache, num_tokens=len(tok)))
-    ends = set(options["eos_token_id"])
+        batch["pixel_values"] = data.normalise(batch["pixel_values"].to(next(model.parameters()).device))
+    tokens = list(model.generate(**batch, **options, num_tokens=len(tok)))
     return [(list(itertools.takewhile(lambda token: token not in ends, row)), not ends.isdisjoint(row))
             for row in torch.stack(tokens, 1).tolist()]
 
@@ -353,7 +354,8 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch
     """Answers --input. Each batch of answers is appended to --output as soon as it is there, and the file is
     sorted at the end. A run that is stopped loses one batch at most, and the same command continues it."""
     questions, output = Questions(flags, tok, model.config, load), Path(flags.output)
-    in_place, cache, answers = open_in_place(output), KVCache(model.config), {}
+    in_place, options, answers = open_in_place(output), generate_options(tok, flags), {}
+    options["kv_cache"] = KVCache(model.config)
     if in_place is None:
         answers = read_answers(questions, output)
         write_answers(output, answers)
@@ -363,7 +365,10 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch
     try:
         with open(output if in_place is None else os.devnull, "ab") as file:
             for batch in questions.batches(todo, flags, bar):
-                results = answer_batch(model, tok, batch, flags, cache)
+                if flags.seed is not None:         # a seed for each row: as if each were asked alone
+                    options["seed"] = [flags.seed] * len(batch)
+                with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
+                    results = answer_batch(model, tok, batch, **options)
                 for sample, (ids, finished) in zip(batch, results, strict=True):
                     number = questions.line_numbers[sample["index"]]
                     # Half a surrogate pair has no UTF-8. backslashreplace writes it as JSON does: \ud800.

@@ -2621,11 +2621,6 @@ def test_a_file_of_questions_gives_what_asking_one_by_one_gives_even_if_it_is_in
     assert part == [record for record in expected if record in part]
     # A run that is killed leaves its records unsorted, and perhaps a part of the last one.
     written = output.read_text().splitlines(keepends=True)
-    if seed % 2:                                   # as an older version wrote them
-        written = [re.sub('"finished": (true|false), ', "", line) for line in written]
-        for record in expected:
-            if record in part:
-                del record["finished"]
     output.write_text("".join(written[::-1]) + '{"line": 1, "id": "x"}'[:draw.randint(0, 22)])
     assert run() == (0, expected, len(expected) - len(part))
     whole = output.read_bytes()
@@ -3652,21 +3647,11 @@ def test_no_total_depends_on_the_order_of_rows_and_a_judge_can_only_raise_it(nam
     assert total("CCBench", rotations)["score"] <= total("AI2D_TEST", rotations)["score"] + 1e-9
 
 
-def world_rows(task: str, n: int, layout: str, shown=lambda image: image) -> list[dict]:
-    """Held-out questions of the embedded world, laid out like the rows of a benchmark."""
-    rows = []
-    for i, (picture, question, truth) in enumerate(world.held_out_questions(task, n)):
-        row = {"index": i, "image": base64_image(shown(picture.image)), "question": question, "answer": truth}
-        if layout == "TextVQA_VAL":
-            row["answer"] = repr([truth] * 10)
-        elif layout == "MMBench_DEV_EN":
-            names = random.Random(i).sample(list(world.COLORS), 6)
-            row |= dict(zip("ABCDEF", names, strict=True))
-            row["answer"] = "ABCDEF"[names.index(truth.split()[-1].strip("."))]
-        elif layout == "MME":
-            row |= {"answer": truth.split()[-1].strip(".").title(), "category": "position", "image_path": i}
-        rows.append(row)
-    return rows
+def world_rows(task: str, n: int) -> list[dict]:
+    """Held-out questions of the embedded world as the rows of a TSV file."""
+    return [{"index": i, "image": base64_image(picture.image), "question": question, "answer": truth,
+             "category": task, "image_path": i}
+            for i, (picture, question, truth) in enumerate(world.held_out_questions(task, n))]
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -3674,35 +3659,35 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_benchmark_that_was_stopped_anywhere_ends_with_the_same_files(tmp_path, monkeypatch, capsys):
-    write_tsv(tmp_path / "questions.tsv", [*world_rows("color", 12, ""), *world_rows("sign", 9, "")])
+    write_tsv(tmp_path / "questions.tsv", [*world_rows("color", 12), *world_rows("sign", 9)])
 
     def run(out, *flags):
         return evaluate.main([*TINY_MODEL, "--plain", "--batch_size=2", f"--out={tmp_path / out}",
                               f"--benchmark={tmp_path / 'questions.tsv'}", "--as=own", *flags])
 
     assert run("whole") == 0
-    whole, rng, answer_batch = files_in(tmp_path / "whole"), random.Random(0), evaluate.answer_batch
+    whole, rng, answer_batch = files_in(tmp_path / "whole"), random.Random(0), evaluate.greedy_answers
     assert set(whole) == {"own.jsonl", "report.json", "report.png"}
     for stop in range(1, 11, 4):                   # Ctrl-C in a batch; then a crash loses the end of the file
         calls = itertools.count(1)
-        monkeypatch.setattr(evaluate, "answer_batch", lambda *a, stop=stop, calls=calls: (
+        monkeypatch.setattr(evaluate, "greedy_answers", lambda *a, stop=stop, calls=calls: (
             answer_batch(*a) if next(calls) < stop else (_ for _ in ()).throw(KeyboardInterrupt)))
         assert run(f"{stop}") == 130 and run(f"{stop}", "--score_only") == 1 and "own.jsonl answers" in (
             capsys.readouterr().err)
-        monkeypatch.setattr(evaluate, "answer_batch", answer_batch)
+        monkeypatch.setattr(evaluate, "greedy_answers", answer_batch)
         part = tmp_path / f"{stop}" / "own.jsonl.part0"
         written = part.read_bytes()
         part.write_bytes(written[:rng.randrange(len(written) + 1)])
         part.with_name("own.jsonl.part3").write_bytes(written[:len(written) // 2])         # another process
         assert run(f"{stop}") == 0 and files_in(tmp_path / f"{stop}") == whole
     assert run("whole", "--score_only", "--model=nowhere") == 0 and files_in(tmp_path / "whole") == whole
-    write_tsv(tmp_path / "questions.tsv", world_rows("sign", 21, ""))    # others under the same name
+    write_tsv(tmp_path / "questions.tsv", world_rows("sign", 21))    # others under the same name
     assert run("whole") == 1 and "answers to other questions" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_any_number_of_processes_writes_the_same_answers_even_if_they_are_killed(tmp_path):
-    write_tsv(tmp_path / "TextVQA_VAL.tsv", world_rows("position", 90, "TextVQA_VAL"))
+    write_tsv(tmp_path / "own.tsv", world_rows("position", 90))
 
     def run(out, number=1, killed=None):
         """killed: in its second window, this process and then the others are killed."""
@@ -3713,7 +3698,7 @@ def test_any_number_of_processes_writes_the_same_answers_even_if_they_are_killed
             evaluate.answer_window = lambda *a: (os.kill(os.getpid(), signal.SIGKILL) if rank == killed
                                                  and next(windows) else answer_window(*a))
             os._exit(evaluate.main([*TINY_MODEL, "--plain", "--batch_size=2", f"--out={tmp_path / out}",
-                                    f"--benchmark={tmp_path / 'TextVQA_VAL.tsv'}"]))
+                                    f"--benchmark={tmp_path / 'own.tsv'}"]))
 
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -3745,7 +3730,7 @@ def test_any_number_of_processes_writes_the_same_answers_even_if_they_are_killed
 
 
 def test_a_row_that_cannot_be_asked_counts_as_wrong_and_is_listed(tmp_path, capsys):
-    good = world_rows("color", 1, "")[0]
+    good = world_rows("color", 1)[0]
     (tmp_path / "there.png").write_bytes(base64.b64decode(good["image"]))
     bad = {"its image is not base64": {"image": "a" * 69}, "not a readable image": {"image": "a" * 68},
            "is not a readable": {"image": good["image"][:100]}, "2 <image> marks": {"question": "<image>?"},
@@ -3770,7 +3755,7 @@ def test_a_row_that_cannot_be_asked_counts_as_wrong_and_is_listed(tmp_path, caps
 def test_your_own_questions_may_have_no_picture_and_each_category_stands_apart(tmp_path, monkeypatch, capsys):
     asked, make_sample = [], evaluate.make_sample
     monkeypatch.setattr(evaluate, "make_sample", lambda *a: (asked.append(make_sample(*a)), asked[-1])[1])
-    seen = [row | {"category": "flags"} for row in world_rows("color", 3, "")]
+    seen = [row | {"category": "flags"} for row in world_rows("color", 3)]
     alone = {"question": "top is red.\nWhat color is top?", "answer": "top is red.", "image": ""}
     foods = alone | {"category": "foods"}
     write_tsv(tmp_path / "own.tsv", [*seen, foods, alone | {"image": "None"},
@@ -3799,7 +3784,7 @@ def test_your_own_questions_may_have_no_picture_and_each_category_stands_apart(t
     (lambda text: text.splitlines()[0], "no row with a picture"), (lambda text: "", "has no column"),
     (lambda text: "\x00\n" + text, "(has no column|NUL)"), (lambda text: None, "No such file")])
 def test_a_damaged_file_is_named_in_one_line(damage, message, tmp_path, capsys):
-    write_tsv(tmp_path / "MMBench_DEV_EN.tsv", world_rows("color", 3, "MMBench_DEV_EN"))
+    write_tsv(tmp_path / "MMBench_DEV_EN.tsv", world_rows("color", 3))
     text = damage((tmp_path / "MMBench_DEV_EN.tsv").read_text())
     (tmp_path / "MMBench_DEV_EN.tsv").unlink() if text is None else (
         tmp_path / "MMBench_DEV_EN.tsv").write_text(text)
@@ -3821,7 +3806,7 @@ def test_pictures_are_not_held_in_memory(tmp_path):
 
 def test_the_report_has_what_servers_and_judges_take_and_gives_their_verdict(tmp_path, monkeypatch, capsys):
     picture, said = base64_image(Image.new("RGB", (48, 48))), iter([])
-    monkeypatch.setattr(evaluate, "answer_batch", lambda model, tok, batch, tokens: [
+    monkeypatch.setattr(evaluate, "greedy_answers", lambda model, tok, batch, tokens: [
         tok.encode(next(said), bos=False) for _ in batch])
 
     def run(name, texts, *flags, **columns):
@@ -3869,7 +3854,7 @@ def test_the_recipe_for_vlmevalkit_answers_as_evaluate_does(tmp_path, monkeypatc
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(InternVLChat=InternVLChat))
     exec(recipe("VLMEvalKit's other benchmarks"), scope := {})
     model = scope["MonoInternVLChat"](HERE / "assets/tiny", "cpu", torch.float32, max_new_tokens=100)
-    rows = [*world_rows("position", 2, ""), *world_rows("sign", 2, "")]
+    rows = [*world_rows("position", 2), *world_rows("sign", 2)]
     write_tsv(tmp_path / "own.tsv", rows)
     assert evaluate.main([*TINY_MODEL, "--plain", f"--out={tmp_path}",
                           f"--benchmark={tmp_path / 'own.tsv'}"]) == 0
@@ -4453,7 +4438,7 @@ def newcomer(short_run, tmp_path, monkeypatch):
     write_conversations(tmp_path, 0, 4)
     (tmp_path / "questions.jsonl").write_text('{"image": "photo.jpg", "question": "What is this?"}')
     for task, name in ("color", "TextVQA_VAL"), ("relation", "MME"), ("count", "ChartQA_TEST"):
-        write_tsv(tmp_path / f"{name}.tsv", world_rows(task, 2, name))
+        write_tsv(tmp_path / f"{name}.tsv", world_rows(task, 2))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
     return tmp_path
