@@ -1376,7 +1376,7 @@ def test_checkpoints_within_a_stage_restore_everything_and_only_the_newest_stay(
     def save(step, save_model=Path.mkdir):
         torch.manual_seed(step)
         checkpoint.save_training(tmp_path, step, save_model, {"mean": torch.full((2, 3), float(step))},
-                                 {"log": 10 * step}, keep=2)
+                                 {"batches": {"seen": step}, "batch": 4}, keep=2)
         return torch.rand(3)
 
     def full(folder):
@@ -1387,13 +1387,14 @@ def test_checkpoints_within_a_stage_restore_everything_and_only_the_newest_stay(
         save(11, full)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000009", "step-0000010"]
     newest, restored = checkpoint.newest_partial(tmp_path), {"mean": torch.zeros(2, 3)}
-    state = checkpoint.load_training(newest, restored)
-    assert (state["step"], state["log"], restored["mean"].tolist()) == (10, 100, [[10.0] * 3] * 2)
-    assert torch.equal(torch.rand(3), expected)
+    batches = unittest.mock.Mock()
+    assert checkpoint.load_training(newest, restored, batches, 4) == 10
+    batches.load_state_dict.assert_called_once_with({"seen": 10})
+    assert torch.equal(torch.rand(3), expected) and restored["mean"].tolist() == [[10.0] * 3] * 2
     [file] = (newest / "optimizer").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match=f"^{newest}/optimizer is damaged or incomplete .*$"):
-        checkpoint.load_training(newest, restored)
+        checkpoint.load_training(newest, restored, batches, 4)
 
 
 # ---------------------------------------------------------------- starting from a language model
