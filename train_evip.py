@@ -415,16 +415,11 @@ class Progress:
         self.write(event="bad sample", error=error)
 
     def check_finite(self, step: int, loss: float, norm: float, samples: list):
-        """Raises InputError with the samples of all processes whose loss is not finite."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        everyones = [samples]
-        if dist.is_initialized():
-            everyones = [None] * world_size()
-            dist.all_gather_object(everyones, samples)
-        names = ", ".join(str(name) for names in everyones for name in names) or "none by itself"
-        raise InputError(f"the loss of {self.stage} is {loss} at step {step}, the gradient's norm "
-                         f"{norm}; lower --lr, or look at these samples: {names:.2000}")
+        """Raises InputError on all processes. samples: those of this one whose loss is not finite."""
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            names = ", ".join(map(str, samples)) or "none of this process"
+            raise InputError(f"the loss of {self.stage} is {loss} at step {step}, the gradient's norm "
+                             f"{norm}; lower --lr, or look at these samples: {names:.2000}")
 
     def report(self, step: int, loss: float, lr: float, norm: float, by_task: dict, own: dict,
                everyones: dict, micro: list[dict], utilisation: float | None):
