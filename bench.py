@@ -543,13 +543,14 @@ def one_step(config: MonoInternVLConfig, stage, batch: dict, dtype: str, args: T
     model = MonoInternVL(config)
     train_evip.select_trainable(model, stage)
     forward, optimizer = train_evip.distribute(model, flags), train_evip.make_optimizer(model, flags)
-    trainable, amounts = optimizer.param_groups, count_tokens(batch, config.tokens_per_tile)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    amounts = count_tokens(batch, config.tokens_per_tile)
     rates = budget.flop_rates(train_evip.shapes_of(model), train_evip.trainable_names(model, stage), config)
 
     def step(back_end: str) -> float:
         model.moe = back_end
         losses, = train_evip.backward(model, forward, [batch], amounts["labels"], stage, flags)
-        torch.nn.utils.clip_grad_norm_([p for group in trainable for p in group["params"]], flags.grad_clip)
+        torch.nn.utils.clip_grad_norm_(trainable, flags.grad_clip)
         optimizer.step()                           # with learning rate 0, so that all steps are alike
         optimizer.zero_grad()
         return losses.mean().item()
@@ -557,8 +558,8 @@ def one_step(config: MonoInternVLConfig, stage, batch: dict, dtype: str, args: T
     return step, sum(rates[kind] * n for kind, n in amounts.items())
 
 
-def step_times(name: str, stage, config: MonoInternVLConfig, batch: dict, peaks: dict[str, float],
-               args: TrainFlags) -> Iterator[dict]:
+def step_times(args: TrainFlags, stage, name: str, config: MonoInternVLConfig, batch: dict,
+               peaks: dict[str, float]) -> Iterator[dict]:
     """Times the steps of one model in one stage with each back end and dtype. peaks: dtype -> TFLOP/s."""
     amounts, runs = count_tokens(batch, config.tokens_per_tile), {}
     for dtype in peaks:
@@ -608,7 +609,7 @@ def train(flags: TrainFlags, result: dict):
             peak = ceilings(torch.bfloat16, flags)["matmul_tflops"]
             cases.append(("icons", smol, learned_prompt(smol, 1, 32, text=26), peaks | {"bfloat16": peak}))
         for case in cases:
-            for row in step_times(case[0], stage, *case[1:], flags):
+            for row in step_times(flags, stage, *case):
                 record(result, "rows", row, flags)
 
 
@@ -658,6 +659,11 @@ def write_photo(path: Path, width: int) -> int:
     return path.stat().st_size
 
 
+def take(batches: Iterator[dict], number: int):
+    for _ in range(number):
+        next(batches)
+
+
 def read_photos(flags: DataFlags, result: dict):
     """Times processes that read samples as in training, each a photo and a short text."""
     with tempfile.TemporaryDirectory() as name:
@@ -672,14 +678,13 @@ def read_photos(flags: DataFlags, result: dict):
             batches = iter(Batches(photos, 1, tok.pad_id, pool=1, workers=workers))
             pixels = next(batches)["pixel_values"]
 
-            def read(batches=batches, number=flags.samples * workers):
-                collections.deque(itertools.islice(batches, number), maxlen=0)
-
-            for measured in interleaved({"": read}, flags.rounds, flags, per=flags.samples).values():
-                rate = 1 / measured["seconds"]
-                record(result, "rows", {
-                    "tiles": len(pixels), "workers": workers, **measured, "samples_per_s": rate,
-                    "jpeg_mb_s": jpeg * rate / 1e6, "pixels_mb_s": pixels.nbytes * rate / 1e6}, flags)
+            # One case at a time: between its rounds, a process would read ahead.
+            case = functools.partial(take, batches, flags.samples * max(1, workers))
+            [measured] = interleaved({"": case}, flags.rounds, flags, per=flags.samples).values()
+            rate = 1 / measured["seconds"]
+            record(result, "rows", {
+                "tiles": len(pixels), "workers": workers, **measured, "samples_per_s": rate,
+                "jpeg_mb_s": jpeg * rate / 1e6, "pixels_mb_s": pixels.nbytes * rate / 1e6}, flags)
 
 
 def data_tables(result: dict) -> str:
@@ -814,8 +819,8 @@ class AllFlags:
     quick: bool = flag(False, "fewer sizes and rounds")
 
 
-def measure_all(flags: AllFlags):
-    kind, out = "gpu" if GPU else "cpu", Path(flags.out)
+def measure_all(flags: AllFlags) -> int:
+    kind, out, status = "gpu" if GPU else "cpu", Path(flags.out), 0
     out.mkdir(parents=True, exist_ok=True)
     if GPU:                                        # measures the tiles that the back end cuda then takes
         moe_kernel.main()
@@ -823,9 +828,10 @@ def measure_all(flags: AllFlags):
         shutil.copy(tiles, out / "moe_kernel_gpu.json")
     for name, options in QUICK.items():
         started = time.time()
-        main([name, *options.split() * flags.quick, f"--json={out}/bench_{name}_{kind}.json",
-              *[f"--png={out}/bench_{name}_{kind}.png"] * (name == "infer")])
+        status |= main([name, *options.split() * flags.quick, f"--json={out}/bench_{name}_{kind}.json",
+                        *[f"--png={out}/bench_{name}_{kind}.png"] * (name == "infer")])
         print(f"{name}: {time.time() - started:.0f} s\n", flush=True)
+    return status
 
 
 # ---------------------------------------------------------------- report: RESULTS.md
@@ -902,8 +908,7 @@ def main(argv: list[str] | None = None) -> int:
             report()
             return 0
         if argv[0] == "all":
-            measure_all(parse_flags(AllFlags, argv[1:]))
-            return 0
+            return measure_all(parse_flags(AllFlags, argv[1:]))
         flags_of, run = COMMANDS[argv[0]]
         flags = parse_flags(flags_of, argv[1:])
         result = provenance(argv, flags)

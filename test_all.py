@@ -2874,8 +2874,11 @@ def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypat
     assert len(lines) == 2 * 2 + 6 + 12 and min(Image.open(tmp_path / "a.png").size) > 300
 
 
-def test_a_photo_is_read_as_the_tiles_that_are_measured(capsys):
+def test_a_photo_is_read_as_the_tiles_that_are_measured(monkeypatch, capsys):
+    read, original = [], JsonlDataset.__getitem__
+    monkeypatch.setattr(JsonlDataset, "__getitem__", lambda self, i: (read.append(i), original(self, i))[1])
     assert bench.main(["data", *"--width 300 --samples 2 --rounds 2 --workers 0 1".split()]) == 0
+    assert len(read) == 3 * (1 + (1 + 2) * 2)      # by this process: one, a round to warm up, and two rounds
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(r["tiles"], r["workers"]) for r in result["rows"]] == \
         list(itertools.product([1, 7, 7], [0, 1]))                         # too small for 25 tiles

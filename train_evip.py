@@ -182,11 +182,11 @@ FREE_TO_CHANGE = {"out", "device", "moe", "workers", "parallel", "recompute", "r
 
 # ---------------------------------------------------------------- what a stage trains, and where
 
-FULL = 0.8                                         # of a GPU's memory: the plan's activations are estimated
+USABLE = 0.8                                       # of a GPU's memory: the plan's activations are estimated
 
 
 def is_big(model: MonoInternVL) -> bool:
-    """Big models are sharded, recompute their layers, and take fewer samples at a time."""
+    """Big models are sharded, compiled on a GPU, and take fewer samples at a time."""
     return sum(p.numel() for p in model.parameters()) > 1e9
 
 
@@ -204,7 +204,7 @@ def fit_to_memory(model: MonoInternVL, stage: Stage, flags: Flags, processes: in
     for choice in choices[:-1]:
         needed = sum(memory_plan(model, stage, choice, processes).values())
         on_gpu = flags.device.startswith("cuda")
-        if needed <= FULL * budget.gpu_memory(flags.device) if on_gpu else not is_big(model):
+        if needed <= USABLE * budget.gpu_memory(flags.device) if on_gpu else not is_big(model):
             return choice
     return choices[-1]
 
@@ -459,6 +459,9 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     steps = stage.steps if flags.steps is None else flags.steps
     select_trainable(model, stage)
     flags = fit_to_memory(model, stage, flags, world_size())
+    recompute, reshard = common.sum_over_processes(flags.recompute == "on", flags.reshard == "on")
+    if recompute or reshard:                       # their GPUs may differ, but they gather together
+        flags = replace(flags, recompute="on" if recompute else "off", reshard="on" if reshard else "off")
     forward = distribute(model, flags)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, flags)
@@ -620,7 +623,7 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
                               (flags.steps or stage.steps) * stage.batch * flop / speed)
         if flags.device.startswith("cuda"):
             print("--recompute auto and --reshard auto take the fastest choice of at most "
-                  f"{FULL * budget.gpu_memory(flags.device) / 1e9:.1f} GB, {FULL:.0%} of a GPU's memory.")
+                  f"{USABLE * budget.gpu_memory(flags.device) / 1e9:.1f} GB, {USABLE:.0%} of a GPU's memory.")
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
             return
