@@ -809,7 +809,8 @@ model has trained for 200 steps only. [03_evip_training](notebooks/03_evip_train
 
 # ---------------------------------------------------------------- all of it
 
-QUICK = {"kernels": "--image_tiles 0 1 7 --rounds 5", "infer": "--tiles 1 7 --batches 1 --rounds 3",
+QUICK = {"kernels": "--image_tiles 0 1 7 --rounds 5",
+         "infer": "--tiles 1 7 --batches 1 --rounds 3" + " --layers 8" * GPU,          # less to compile
          "train": "--rounds 3 --tiny_rounds 10", "data": "--rounds 3"}
 
 
