@@ -4802,6 +4802,7 @@ def test_the_plan_of_the_2b_model_is_arithmetic_on_its_sizes(monkeypatch, capsys
     lines = [line for line in capsys.readouterr().out.replace(",", "").splitlines() if "weights" in line]
     plan = {line.split()[0]: [*map(float, re.findall(r" (\d+\.\d+)", line))][-7:] for line in lines}
     assert tuple(plan) == STAGES[1:]
+    assert ["gathered twice" in line for line in lines] == [False, False, True, False]
     attention = 24 * (2048 * (2048 + 2 * 1024) + 2048 ** 2)
     layers, head = attention + 24 * 3 * 2048 * 8192, 92553 * 2048
     vision = 588 * 1024 + 1024 + 1025 * 1024       # patches with their bias, positions
@@ -4815,8 +4816,10 @@ def test_the_plan_of_the_2b_model_is_arithmetic_on_its_sizes(monkeypatch, capsys
             ("S2", 55000 * 128, 8192, 25, model, 6 * (layers + head))):
         visual = 256 * tiles
         flop = visual * 6 * matrices + (tokens - visual) * per_text + 12 * 24 * 2048 * tokens ** 2 / 2
+        away = (2 * layers / 24 + 2 * 2048) * 22 * (stage == "S1.3")      # 22 of its layers are not gathered
         expected = [(4 * trained + 2 * (model - trained)) / 4e9, trained / 1e9, 2 * trained / 1e9,
-                    *plan[stage][3:5], sum(plan[stage][:5]), samples * flop / (4 * 400e12) / 3600]
+                    (2 * (model - away) + 4 * trained) / 1e9, plan[stage][4], sum(plan[stage][:5]),
+                    samples * flop / (4 * 400e12) / 3600]
         assert plan[stage] == pytest.approx(expected, rel=1e-3, abs=1e-3)
     assert budget.main(["--gpus=0"]) == 1 and "must be positive" in capsys.readouterr().err
 
