@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -26,18 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common import (
-    InputError,
-    full_tensor,
-    rank,
-    read_json,
-    say,
-    stop_together,
-    sum_over_processes,
-    unreadable,
-    wait_for_all,
-    world_size,
-)
+import common
+from common import InputError, rank, read_json, say, wait_for_all, world_size
 
 # ---------------------------------------------------------------- configs
 
@@ -161,7 +152,7 @@ def read_tensors(folder: str | Path, dtype: torch.dtype | None, device) -> dict[
             raise InputError(f"{folder / file} does not exist; expected model.safetensors or "
                              "all shards of its index") from None
         except (SafetensorError, OSError) as e:
-            raise unreadable(folder / file, f"is damaged or cut short: {e}") from None
+            raise common.unreadable(folder / file, f"is damaged or cut short: {e}") from None
     return tensors
 
 
@@ -301,7 +292,7 @@ def save_with_tokenizer(folder: Path, tensors: dict[str, Tensor], config: dict, 
     tensor by tensor goes to the memory of the first process, which writes."""
     complete = {}
     for name, t in tensors.items():
-        t = full_tensor(t.detach())
+        t = common.full_tensor(t.detach())
         if not rank():
             complete[name] = t.cpu()
     if not rank():
@@ -348,7 +339,7 @@ def save_training(folder: Path, step: int, save_model: Callable[[Path], None], m
         problem = "; ".join(f"process {i}: {error}" for i, (error, _) in e.failures.items())
     except (OSError, SafetensorError) as e:
         problem = str(e)
-    if sum_over_processes(bool(problem))[0]:
+    if common.sum_over_processes(bool(problem))[0]:
         if not rank():
             shutil.rmtree(aside, ignore_errors=True)
         raise InputError(f"the checkpoint of step {step} cannot be written to {folder} "
@@ -361,12 +352,13 @@ def save_training(folder: Path, step: int, save_model: Callable[[Path], None], m
     wait_for_all()
 
 
-def load_training(folder: Path, moments: dict[str, Tensor]) -> dict:
-    """Fills the moments in place, restores the random numbers, and returns the state of this process, with
-    the states of all that saved it under "everyones". A process that was not there then takes the first's."""
+def load_training(folder: Path, moments: dict[str, Tensor], batches, batch: int) -> int:
+    """Restores the moments in place, the random numbers and the place in the data, and returns how many steps
+    were done. batches: data.py's. batch: samples of a step. A process that was not there when this was saved
+    takes the first one's random numbers."""
     processes = read_json(folder / "rank0.json")["processes"]
     everyones = [read_json(folder / f"rank{i}.json") for i in range(processes)]
-    state = everyones[rank() if rank() < processes else 0] | {"everyones": everyones}
+    state, problem = everyones[rank() if rank() < processes else 0], None
     try:
         dcp.load(moments, no_dist=not dist.is_initialized(),
                  storage_reader=dcp.HuggingFaceStorageReader(str(folder / "optimizer")))
@@ -376,7 +368,18 @@ def load_training(folder: Path, moments: dict[str, Tensor]) -> dict:
     setters = [torch.set_rng_state] + [torch.cuda.set_rng_state] * torch.cuda.is_available()
     for set_state, values in zip(setters, state["rng"], strict=False):
         set_state(torch.tensor(values, dtype=torch.uint8))
-    return state
+    try:
+        if processes == world_size():
+            batches.load_state_dict(state["batches"])                      # reads samples again
+        else:
+            batches.take_over([one["batches"] for one in everyones])
+    except InputError as e:
+        problem = str(e)
+    if state.get("batch", batch) != batch:         # older checkpoints do not say it
+        problem = (f"a step of this run has {state['batch']} samples, and with {world_size()} process(es) it "
+                   f"would have {batch}: change --grad_accum")
+    common.stop_together(problem)
+    return state["step"]
 
 
 def read_run(out: Path, flags: dict, partials: list[Path], free_to_change: set[str]) -> dict:
@@ -400,6 +403,25 @@ def read_run(out: Path, flags: dict, partials: list[Path], free_to_change: set[s
 
 
 @contextlib.contextmanager
+def stop_signals():
+    """Yields a list, which SIGTERM and Ctrl-C fill: the step is finished and saved first. The second signal
+    stops at once."""
+    received = []
+
+    def on_signal(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def lock_run(out: Path):
     """Keeps other runs out of a folder. All processes call this. Raises InputError if one is there."""
     problem = None
@@ -411,7 +433,7 @@ def lock_run(out: Path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)           # released with this process
             except OSError:
                 problem = f"another run is writing to {out}: wait for its end, or name another --out"
-        stop_together(problem)
+        common.stop_together(problem)
         yield
 
 

@@ -1344,7 +1344,7 @@ def test_checkpoints_within_a_stage_restore_everything_and_only_the_newest_stay(
     def save(step, save_model=Path.mkdir):
         torch.manual_seed(step)
         checkpoint.save_training(tmp_path, step, save_model, {"mean": torch.full((2, 3), float(step))},
-                                 {"log": 10 * step}, keep=2)
+                                 {"batches": {"seen": step}, "batch": 4}, keep=2)
         return torch.rand(3)
 
     def full(folder):
@@ -1355,13 +1355,14 @@ def test_checkpoints_within_a_stage_restore_everything_and_only_the_newest_stay(
         save(11, full)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000009", "step-0000010"]
     newest, restored = checkpoint.newest_partial(tmp_path), {"mean": torch.zeros(2, 3)}
-    state = checkpoint.load_training(newest, restored)
-    assert (state["step"], state["log"], restored["mean"].tolist()) == (10, 100, [[10.0] * 3] * 2)
-    assert torch.equal(torch.rand(3), expected)
+    batches = unittest.mock.Mock()
+    assert checkpoint.load_training(newest, restored, batches, 4) == 10
+    batches.load_state_dict.assert_called_once_with({"seen": 10})
+    assert torch.equal(torch.rand(3), expected) and restored["mean"].tolist() == [[10.0] * 3] * 2
     [file] = (newest / "optimizer").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match=f"^{newest}/optimizer is damaged or incomplete .*$"):
-        checkpoint.load_training(newest, restored)
+        checkpoint.load_training(newest, restored, batches, 4)
 
 
 # ---------------------------------------------------------------- starting from a language model
@@ -2792,8 +2793,11 @@ def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypat
     assert len(lines) == 2 * 2 + 6 + 12 and min(Image.open(tmp_path / "a.png").size) > 300
 
 
-def test_a_photo_is_read_as_the_tiles_that_are_measured(capsys):
+def test_a_photo_is_read_as_the_tiles_that_are_measured(monkeypatch, capsys):
+    read, original = [], JsonlDataset.__getitem__
+    monkeypatch.setattr(JsonlDataset, "__getitem__", lambda self, i: (read.append(i), original(self, i))[1])
     assert bench.main(["data", *"--width 300 --samples 2 --rounds 2 --workers 0 1".split()]) == 0
+    assert len(read) == 3 * (1 + (1 + 2) * 2)      # by this process: one, a round to warm up, and two rounds
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(r["tiles"], r["workers"]) for r in result["rows"]] == \
         list(itertools.product([1, 7, 7], [0, 1]))                         # too small for 25 tiles
@@ -4745,34 +4749,25 @@ def write_conversations(folder: Path, bad: int, good: int) -> Path:
     return folder / "meta.json"
 
 
-def test_own_data_trains_and_a_bad_sample_is_left_out_and_named(lessons, tmp_path, capsys):
-    arguments = ["--data", str(write_conversations(tmp_path, 1, 9)), "--init_from", str(lessons / "model"),
-                 "--out", str(tmp_path / "out"), "--stages", "S2", "--steps=6", *FEW]
-    assert train_evip.main([*arguments, "--max_bad=0.2"]) == 0
-    [named] = [e["error"] for e in events_of(tmp_path / "out") if e.get("event") == "bad sample"]
-    said = capsys.readouterr()
-    assert "lines.jsonl:1" in named and "bad.png" in named and named in said.err
-    assert re.search("S2: 1 of [0-9]+ samples were bad and left out", said.out)
-    # The tiles that a stage was trained with are the tiles that its checkpoint is asked with.
-    assert MonoInternVL.from_pretrained(tmp_path / "out/S2").config.max_dynamic_patch == 24
-    assert train_evip.main([*arguments, "--max_bad=0"]) == 1
-    assert re.search("1 of the [0-9]+ samples .*--max_bad 0 ", capsys.readouterr().err)
-
-
-def test_own_data_is_read_three_times_and_samples_beyond_the_context_are_left_out(lessons, tmp_path, capsys):
-    meta, out = write_conversations(tmp_path, 0, 5), tmp_path / "out"
+def test_own_data_is_read_three_times_and_bad_samples_are_left_out_and_named(lessons, tmp_path, capsys):
+    meta, out = write_conversations(tmp_path, 1, 4), tmp_path / "out"
     with open(tmp_path / "lines.jsonl", "a") as file:
         file.write("\n" + json.dumps({"id": "long", "conversations": data.turns("Why?", "red " * 2000)}))
     entry = {"root": ".", "annotation": "lines.jsonl", "max_dynamic_patch": 1}
     meta.write_text(json.dumps({"signs": entry, "more": {**entry, "repeat_time": 2}}))
-    assert train_evip.main([f"--data={meta}", f"--init_from={lessons}/model", f"--out={out}", "--stages=S2",
-                            "--max_tokens=5000", *FEW]) == 0
+    flags = [f"--data={meta}", f"--init_from={lessons}/model", f"--out={out}", "--stages=S2",
+             "--max_tokens=5000", *FEW]
+    assert train_evip.main([*flags, "--max_bad=0.5"]) == 0
     said = capsys.readouterr()
     assert "S2 learns from 18 samples: 6 of signs, 12 of more; 27 steps draw 54: 3 epochs" in said.out
-    assert len(steps_logged(out)) == 27
-    named = {e["error"] for e in events_of(out) if e.get("event") == "bad sample"}
-    assert len(named) == 1 and re.search(r"lines.jsonl:6: \d+ tokens, the limit is 1024", named.pop())
-    assert MonoInternVL.from_pretrained(out / "S2").config.max_dynamic_patch == 24     # not the data set's 1
+    assert len(steps_logged(out)) == 27 and re.search("S2: 6 of [0-9]+ samples were bad and left", said.out)
+    damaged, long = sorted({e["error"] for e in events_of(out) if e.get("event") == "bad sample"})
+    assert "lines.jsonl:1" in damaged and "bad.png" in damaged and damaged in said.err
+    assert re.search(r"lines.jsonl:6: \d+ tokens, the limit is 1024", long)            # the model's context
+    # A checkpoint is asked with the tiles that the stage was trained with, not with the data set's one.
+    assert MonoInternVL.from_pretrained(out / "S2").config.max_dynamic_patch == 24
+    assert train_evip.main([*flags, "--steps=9", "--max_bad=0"]) == 1
+    assert re.search("[0-9]+ of the [0-9]+ samples .*--max_bad 0 ", capsys.readouterr().err)
 
 
 def test_what_cannot_be_trained_is_refused_before_the_first_step(lessons, world_tok, tmp_path, capsys):
@@ -4848,6 +4843,7 @@ def test_the_plan_of_the_2b_model_is_arithmetic_on_its_sizes(monkeypatch, capsys
     lines = [line for line in capsys.readouterr().out.replace(",", "").splitlines() if "weights" in line]
     plan = {line.split()[0]: [*map(float, re.findall(r" (\d+\.\d+)", line))][-7:] for line in lines}
     assert tuple(plan) == STAGES[1:]
+    assert ["gathered twice" in line for line in lines] == [False, False, True, False]
     attention = 24 * (2048 * (2048 + 2 * 1024) + 2048 ** 2)
     layers, head = attention + 24 * 3 * 2048 * 8192, 92553 * 2048
     vision = 588 * 1024 + 1024 + 1025 * 1024       # patches with their bias, positions
@@ -4861,8 +4857,10 @@ def test_the_plan_of_the_2b_model_is_arithmetic_on_its_sizes(monkeypatch, capsys
             ("S2", 55000 * 128, 8192, 25, model, 6 * (layers + head))):
         visual = 256 * tiles
         flop = visual * 6 * matrices + (tokens - visual) * per_text + 12 * 24 * 2048 * tokens ** 2 / 2
+        away = (2 * layers / 24 + 2 * 2048) * 22 * (stage == "S1.3")      # 22 of its layers are not gathered
         expected = [(4 * trained + 2 * (model - trained)) / 4e9, trained / 1e9, 2 * trained / 1e9,
-                    *plan[stage][3:5], sum(plan[stage][:5]), samples * flop / (4 * 400e12) / 3600]
+                    (2 * (model - away) + 4 * trained) / 1e9, plan[stage][4], sum(plan[stage][:5]),
+                    samples * flop / (4 * 400e12) / 3600]
         assert plan[stage] == pytest.approx(expected, rel=1e-3, abs=1e-3)
     assert budget.main(["--gpus=0"]) == 1 and "must be positive" in capsys.readouterr().err
 
@@ -5024,9 +5022,9 @@ def contents(folder: Path) -> dict[str, object]:
             for name, p in files.items()}
 
 
-def train_in_one_go_and_in_pieces(folder: Path, stage: str, *flags: str, world: int) -> Path:
+def train_in_one_go_and_in_pieces(folder: Path, stage: str, *flags: str, world: int, changed=()) -> Path:
     """Checks that both give the same weights, moments, random numbers, place in the data, and log, bit for
-    bit. Returns the folder of the run in one go, of 6 steps."""
+    bit. Returns the folder of the run in one go, of 6 steps. changed: more flags of the pieces."""
     once, pieces, done = folder / "once", folder / "pieces", [0] * world
     flags = [*flags, "--steps=6", "--save_every=4"]
 
@@ -5036,6 +5034,7 @@ def train_in_one_go_and_in_pieces(folder: Path, stage: str, *flags: str, world: 
             shutil.copytree(saved, saved.parents[1] / "kept")
 
     assert train(once, *flags, world=world, hook=keep) == done
+    flags += changed
     assert train(pieces, *flags, world=world, hook=signal_at(0, signal.SIGINT, to=world - 1)) == done
     assert [p.name for p in (pieces / f"{stage}.partial").iterdir()] == ["step-0000002"]
     assert train(pieces, *flags, world=world, hook=keep) == done
@@ -5057,11 +5056,27 @@ def test_a_stopped_and_resumed_run_equals_one_in_one_go_bit_for_bit(lessons, tmp
     ("ddp", "float32", 1e-5), ("fsdp", "float32", 1e-5), ("fsdp", "bfloat16", 2e-2)])
 def test_two_processes_resume_bitwise_and_learn_what_one_learns_from_twice_the_batch(
         lessons, tmp_path, monkeypatch, parallel, dtype, tolerance):
-    """What is frozen does not change. Each process holds the weights and the optimizer state of the plan."""
-    original = train_evip.make_optimizer
+    """What is frozen does not change. Each process holds the weights and the optimizer state of the plan.
+    Layers that stay gathered save gathers and change nothing that is learned."""
+    make_optimizer, backward = train_evip.make_optimizer, train_evip.backward
 
-    def checked(model, flags):                     # in the processes
-        optimizer = original(model, flags)
+    class Gathers(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.number += "allgather" in str(op)
+            return op(*args, **(kwargs or {}))
+
+    def counted(*arguments):                       # in the processes
+        with Gathers() as gathers:
+            losses = backward(*arguments)
+        # Two layers and the rest: once a step, or 3 forward and the 2 layers backward, in each of 2 passes.
+        if parallel == "fsdp":
+            assert gathers.number == {"on": 10, "off": 3}[arguments[-1].reshard]
+        return losses
+
+    def checked(model, flags):
+        optimizer = make_optimizer(model, flags)
         with torch.device("meta"):
             plan = train_evip.memory_plan(MonoInternVL(model.config), stage_of("S1.2"), flags, 2)
         moments = (state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
@@ -5075,8 +5090,10 @@ def test_two_processes_resume_bitwise_and_learn_what_one_learns_from_twice_the_b
     flags = [*lessons_of(lessons, "S1.2"), "--pool=1"]
     assert train(tmp_path / "one", *flags, "--steps=6", "--batch_size=4", "--grad_accum=1") == [0]
     monkeypatch.setattr(train_evip, "make_optimizer", checked)
-    two = train_in_one_go_and_in_pieces(tmp_path, "S1.2", *flags, f"--parallel={parallel}", "--batch_size=1",
-                                        "--grad_accum=2", f"--dtype={dtype}", world=2)
+    monkeypatch.setattr(train_evip, "backward", counted)
+    two = train_in_one_go_and_in_pieces(
+        tmp_path, "S1.2", *flags, f"--parallel={parallel}", "--batch_size=1", "--grad_accum=2",
+        f"--dtype={dtype}", "--reshard=on", world=2, changed=["--reshard=off"])
     one, two, old = (load_file(folder / "model.safetensors")
                      for folder in (tmp_path / "one/S1.2", two / "S1.2", lessons / "model"))
     assert {name for name in one if not torch.equal(one[name], old[name])} == learning_in("S1.2", one)
@@ -5088,33 +5105,6 @@ def test_two_processes_resume_bitwise_and_learn_what_one_learns_from_twice_the_b
     for mine, theirs in zip(steps_logged(tmp_path / "one"), steps_logged(tmp_path / "once"), strict=True):
         assert mine[:2] == theirs[:2]
         assert (theirs[2], theirs[5]) == pytest.approx((mine[2], mine[5]), rel=10 * tolerance)
-
-
-@slow
-def test_layers_that_stay_gathered_are_gathered_once_a_step_and_learn_the_same_bit_for_bit(
-        lessons, tmp_path, monkeypatch):
-    original = train_evip.backward
-
-    class Gathers(TorchDispatchMode):
-        number = 0
-
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            self.number += "allgather" in str(op)
-            return op(*args, **(kwargs or {}))
-
-    def counted(model, forward, micro, total, stage, flags):               # in the processes
-        with Gathers() as gathers:
-            losses = original(model, forward, micro, total, stage, flags)
-        # Two layers, and the rest. Without keeping: 3 forward and the 2 layers backward, in each of 2 passes.
-        assert gathers.number == {"on": 10, "off": 3}[flags.reshard]
-        return losses
-
-    monkeypatch.setattr(train_evip, "backward", counted)
-    for reshard in ("on", "off"):
-        assert train(tmp_path / reshard, *lessons_of(lessons, "S1.3"), "--steps=3", "--parallel=fsdp",
-                     "--batch_size=1", "--grad_accum=2", f"--reshard={reshard}", world=2) == [0, 0]
-    on, off = (contents(tmp_path / reshard / "S1.3") for reshard in ("on", "off"))
-    assert on == off and steps_logged(tmp_path / "on") == steps_logged(tmp_path / "off")
 
 
 @slow
@@ -5236,15 +5226,15 @@ def language_model(folder: Path, world_tok, kind: str, padding: int = 0) -> Path
     zeros after those of its tokens."""
     folder.mkdir()
     shutil.copy(world_tok.folder / "tokenizer.model", folder)
-    source, outer = GOLDEN / "llama_tiny", ("model.embed_tokens.weight", "lm_head.weight")
-    if kind == "internlm2":
-        write_llm(folder)
-        source, outer = folder, ("model.tok_embeddings.weight", "output.weight")
-    size, weights = len(world_tok.sp), load_file(source / "model.safetensors")
-    rows = {name: F.pad(torch.randn(size, 32), (0, 0, 0, padding)) for name in outer}
-    save_file(weights | rows, folder / "model.safetensors")
-    config = json.loads((source / "config.json").read_text()) | {"vocab_size": size + padding}
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    write_llm(folder, kind)
+    size, weights = len(world_tok.sp), load_file(folder / "model.safetensors")
+    for name in weights:
+        if re.search("embed|lm_head|output", name):
+            weights[name] = F.pad(torch.randn(size, 32), (0, 0, 0, padding))
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"vocab_size": size + padding, "max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -40,17 +39,13 @@ from tqdm import tqdm
 import budget
 import checkpoint
 import common
+import data
 from common import InputError, flag, full_tensor, parse_flags, rank, read_json, say, world_size
 from data import (
     MAX_PIXELS,
     Batches,
     Tokenizer,
-    batch_as_text,
-    count_tokens,
-    load_meta,
     normalise,
-    sample_numbers,
-    too_many_bad,
 )
 from evaluate import delta_verdict, icons_report, plot_loss, plot_predictions, print_table, world_accuracy
 from icons import Icons
@@ -142,6 +137,9 @@ def tiny_config(recipe: str, tok: Tokenizer) -> MonoInternVLConfig:
         img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
 
 
+SWITCH = ["auto", "on", "off"]
+
+
 @dataclass
 class Flags:
     recipe: str = flag("evip++", "evip (v1) or evip++ (1.5)", choices=list(RECIPES))
@@ -170,12 +168,9 @@ class Flags:
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
     parallel: str = flag("auto", "ddp copies the model to each process, fsdp shards it; auto: big models",
                          choices=["auto", "ddp", "fsdp"])
-    recompute: str = flag("auto", "run layers twice instead of keeping their results; auto: if memory lacks",
-                          choices=["auto", "on", "off"])
-    reshard: str = flag("auto", "fsdp: gather layers twice instead of keeping them; auto: if memory lacks",
-                        choices=["auto", "on", "off"])
-    compile: str = flag("auto", "torch.compile the layers; auto: of big models on one GPU",
-                        choices=["auto", "on", "off"])
+    recompute: str = flag("auto", "run layers twice to save memory; auto: if it lacks", choices=SWITCH)
+    reshard: str = flag("auto", "fsdp: gather layers twice to save memory; auto: if it lacks", choices=SWITCH)
+    compile: str = flag("auto", "torch.compile the layers; auto: of big models on one GPU", choices=SWITCH)
     resume: str = flag("auto", "auto continues an interrupted run, never starts from the beginning",
                        choices=["auto", "never"])
     save_every: int = flag(500, "optimizer steps between checkpoints within a stage")
@@ -192,11 +187,11 @@ FREE_TO_CHANGE = {"out", "device", "moe", "workers", "parallel", "recompute", "r
 
 # ---------------------------------------------------------------- what a stage trains, and where
 
-FULL = 0.8                                         # of a GPU's memory: the plan's activations are estimated
+USABLE = 0.8                                       # of a GPU's memory: the plan's activations are estimated
 
 
 def is_big(model: MonoInternVL) -> bool:
-    """Big models are sharded, recompute their layers, and take fewer samples at a time."""
+    """Big models are sharded, compiled on a GPU, and take fewer samples at a time."""
     return sum(p.numel() for p in model.parameters()) > 1e9
 
 
@@ -214,7 +209,7 @@ def fit_to_memory(model: MonoInternVL, stage: Stage, flags: Flags, processes: in
     for choice in choices[:-1]:
         needed = sum(memory_plan(model, stage, choice, processes).values())
         on_gpu = flags.device.startswith("cuda")
-        if needed <= FULL * budget.gpu_memory(flags.device) if on_gpu else not is_big(model):
+        if needed <= USABLE * budget.gpu_memory(flags.device) if on_gpu else not is_big(model):
             return choice
     return choices[-1]
 
@@ -320,8 +315,8 @@ def next_batches(source, batches: Batches, accum: int, flags: Flags) -> tuple[li
     supervised = sum(int((m["labels"][:, 1:] != -100).sum()) for m in micro)
     bad, seen, total = map(int, common.sum_over_processes(len(batches.bad), batches.seen, supervised))
     # Each process meets the same bad samples once per epoch, hence size · world_size.
-    common.stop_together(problem or too_many_bad(bad, seen, world_size() * (batches.size or sys.maxsize),
-                                                 flags.max_bad))
+    common.stop_together(problem or data.too_many_bad(
+        bad, seen, world_size() * (batches.size or sys.maxsize), flags.max_bad))
     return micro, total, bad, seen
 
 
@@ -368,7 +363,7 @@ def account(c: MonoInternVLConfig, micro: list[dict], token_losses: list[Tensor]
     loss is not finite, the numbers of tokens by kind, as budget.flop_rates has them)."""
     sums, counts, not_finite, own = defaultdict(float), defaultdict(int), [], defaultdict(int)
     for m, losses in zip(micro, token_losses, strict=True):
-        of_label = sample_numbers(m)[:, 1:][m["labels"][:, 1:] != -100]    # (supervised,)
+        of_label = data.sample_numbers(m)[:, 1:][m["labels"][:, 1:] != -100]    # (supervised,)
         n = len(m["ids"])
         by_sample = torch.zeros(n).index_add_(0, of_label, losses.float().cpu()).tolist()
         labels = of_label.bincount(minlength=n).tolist()
@@ -376,7 +371,7 @@ def account(c: MonoInternVLConfig, micro: list[dict], token_losses: list[Tensor]
             sums[str(task)] += loss
             counts[str(task)] += tokens
             not_finite += [] if math.isfinite(loss) else [sample]
-        for kind, number in count_tokens(m, c.tokens_per_tile).items():
+        for kind, number in data.count_tokens(m, c.tokens_per_tile).items():
             own[kind] += number
     return sum(sums.values()), {task: sums[task] / max(1, counts[task]) for task in sums}, not_finite, own
 
@@ -428,16 +423,11 @@ class Progress:
         self.write(event="bad sample", error=error)
 
     def check_finite(self, step: int, loss: float, norm: float, samples: list):
-        """Raises InputError with the samples of all processes whose loss is not finite."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        everyones = [samples]
-        if dist.is_initialized():
-            everyones = [None] * world_size()
-            dist.all_gather_object(everyones, samples)
-        names = ", ".join(str(name) for names in everyones for name in names) or "none by itself"
-        raise InputError(f"the loss of {self.stage} is {loss} at step {step}, the gradient's norm "
-                         f"{norm}; lower --lr, or look at these samples: {names:.2000}")
+        """Raises InputError on all processes. samples: those of this one whose loss is not finite."""
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            names = ", ".join(map(str, samples)) or "none of this process"
+            raise InputError(f"the loss of {self.stage} is {loss} at step {step}, the gradient's norm "
+                             f"{norm}; lower --lr, or look at these samples: {names:.2000}")
 
     def report(self, step: int, loss: float, lr: float, norm: float, by_task: dict, own: dict,
                everyones: dict, micro: list[dict], utilisation: float | None):
@@ -459,61 +449,14 @@ class Progress:
         if self.board and step % 10 == 0:
             for name, value in (shown | {f"loss/{task}": v for task, v in by_task.items()}).items():
                 self.board.add_scalar(name, value, step)
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f}" + "".join(f" {task} {value:.2f}" for task, value in by_task.items())
-            + f", lr {lr:.1e}, norm {norm:.2f}, {shown['tokens_per_s'] / 1e3:.1f}k tokens/s "
-            f"({shown['visual_tokens_per_s'] / 1e3:.1f}k visual), {shown['mfu']:.0%} MFU, "
-            f"{shown['memory_gb']:.1f} GB", refresh=False)
+        self.bar.set_postfix(shown | by_task, refresh=False)
 
 
 # ---------------------------------------------------------------- the loop
 
-@contextmanager
-def stop_signals():
-    """Yields a list, which SIGTERM and Ctrl-C fill: the step is finished and saved first. The second signal
-    stops at once."""
-    received = []
-
-    def on_signal(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def save(model: MonoInternVL, tok: Tokenizer, folder: Path):
     """The official format, with its tokenizer. All processes call this."""
     checkpoint.save_with_tokenizer(folder, model.state_dict(), asdict(model.config), tok.folder)
-
-
-def resume(folder: Path | None, model: MonoInternVL, optimizer: torch.optim.AdamW, batches: Batches,
-           batch: int) -> int:
-    """Restores all but the weights from a checkpoint within a stage. Returns how many steps were done. batch:
-    samples of a step."""
-    if folder is None:
-        return 0
-    state = checkpoint.load_training(folder, moments(model, optimizer))
-    for of_parameter in optimizer.state.values():
-        of_parameter["step"].fill_(state["step"])
-    problem = None
-    try:
-        if state["processes"] == world_size():
-            batches.load_state_dict(state["batches"])                      # reads samples again
-        else:
-            batches.take_over([one["batches"] for one in state["everyones"]])
-    except InputError as e:
-        problem = str(e)
-    if state.get("batch", batch) != batch:         # older checkpoints do not say it
-        problem = (f"a step of this run has {state['batch']} samples, and with {world_size()} process(es) it "
-                   f"would have {batch}: change --grad_accum")
-    common.stop_together(problem)
-    return state["step"]
 
 
 def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progress: Progress, tok: Tokenizer,
@@ -524,6 +467,9 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     steps = stage.steps if flags.steps is None else flags.steps
     select_trainable(model, stage)
     flags = fit_to_memory(model, stage, flags, world_size())
+    recompute, reshard = common.sum_over_processes(flags.recompute == "on", flags.reshard == "on")
+    if recompute or reshard:                       # their GPUs may differ, but they gather together
+        flags = replace(flags, recompute="on" if recompute else "off", reshard="on" if reshard else "off")
     forward = distribute(model, flags)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, flags)
@@ -532,10 +478,14 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
                       pack_tokens=token_limit(model.config, stage, flags) if flags.pack else None,
                       max_bad=1.0)                                         # next_batches counts those of all
     batch = batch_size * accum * world_size()
-    first = resume(checkpoint.newest_partial(partial) if partial else None, model, optimizer, batches, batch)
+    first, newest = 0, partial and checkpoint.newest_partial(partial)
+    if newest:
+        first = checkpoint.load_training(newest, moments(model, optimizer), batches, batch)
+        for state in optimizer.state.values():
+            state["step"].fill_(first)
     source = iter(batches)
     model.train()
-    with stop_signals() as stopped, progress.steps(stage, model, first, steps, flags) as numbers:
+    with checkpoint.stop_signals() as stopped, progress.steps(stage, model, first, steps, flags) as numbers:
         for step in numbers:
             micro, supervised, *progress.bad_of = next_batches(source, batches, accum, flags)
             token_losses = backward(model, forward, micro, supervised, stage, flags)
@@ -681,7 +631,7 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
                               (flags.steps or stage.steps) * stage.batch * flop / speed)
         if flags.device.startswith("cuda"):
             print("--recompute auto and --reshard auto take the fastest choice of at most "
-                  f"{FULL * budget.gpu_memory(flags.device) / 1e9:.1f} GB, {FULL:.0%} of a GPU's memory.")
+                  f"{USABLE * budget.gpu_memory(flags.device) / 1e9:.1f} GB, {USABLE:.0%} of a GPU's memory.")
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
             return
@@ -692,7 +642,7 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
                                   pack_tokens=limit if flags.pack else None)))
         print(f"\n{stages[0].name}: {accum} × {processes} × {size} rows a step. The first batch has the "
               f"shape {tuple(batch['input_ids'].shape)}. What is learned stands between » and «:")
-        print(batch_as_text(batch, tok))
+        print(data.batch_as_text(batch, tok))
 
 
 # ---------------------------------------------------------------- the run
@@ -748,8 +698,8 @@ def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: F
     if flags.preset == "icons":
         return Icons(flags.data, stage.name, tok, config, stage.max_tiles, flags.seed), stage
     limit = token_limit(config, stage, flags)
-    dataset = load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed, flags.max_pixels,
-                        stage.name)
+    dataset = data.load_meta(flags.data, tok, config, stage.max_tiles, limit, flags.seed, flags.max_pixels,
+                             stage.name)
     if stage.trainable.startswith("visual") and not dataset.has_images:
         raise InputError(f"{stage.name} learns to see, but no sample of {flags.data} has an image; for "
                          "text alone, choose --stages S2")
