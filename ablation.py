@@ -212,7 +212,8 @@ def main(argv: list[str] | None = None) -> int:
                            out=flags.out)
     try:
         if flags.seeds < 1 or flags.things < 6:    # as many of each of three groups
-            raise InputError(f"--seeds is {flags.seeds}, expected at least 1; --things {flags.things}, at least 6")
+            raise InputError(f"--seeds is {flags.seeds}, expected at least 1; --things {flags.things}, "
+                             "expected at least 6")
         if flags.data is None:
             print(ablation_table(ablation(own, flags.seeds)))
         else:
