@@ -287,10 +287,11 @@ def ptxas_report(sm: str) -> str:
         raise InputError(str(e)) from None
     with tempfile.TemporaryDirectory() as folder:
         command += ["-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", "-o", f"{folder}/kernels.cubin"]
-        compiled = subprocess.run([*command, moe_kernel.SOURCE], text=True, capture_output=True)
+        compiled = subprocess.run([*command, moe_kernel.SOURCE], text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT)
     if compiled.returncode:
-        raise InputError(f"{shlex.join(command)} failed: {compiled.stderr}")
-    return compiled.stderr
+        raise InputError(f"{shlex.join(command)} failed: {compiled.stdout}")
+    return compiled.stdout
 
 
 def resources(flags: ResourcesFlags, result: dict):

@@ -175,7 +175,6 @@ inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
 template <class To, class From> To bit_cast(From from) {
-    static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
     To to;
     memcpy(&to, &from, sizeof to);
     return to;
@@ -214,9 +213,9 @@ struct Copy {  // one cp.async
     const void* from;
     int bytes;
 };
-struct Product {              // one wgmma of a warpgroup
-    uint64_t a, b;            // the descriptors
-    float* sums[128];         // of each thread
+struct Product {       // one wgmma of a warpgroup
+    uint64_t a, b;     // the descriptors
+    float* sums[128];  // of each thread
     void (*execute)(const Product&);
 };
 struct Thread;
@@ -227,7 +226,7 @@ struct Instruction {
     int threads;
     void (*execute)(Thread* threads);
 };
-constexpr int WARP = 32, WARPGROUP = 128, BLOCK = 1024;
+constexpr int WARP = 32, WARPGROUP = 128, BLOCK = 1024;  // a block has at most so many threads
 static const Instruction start{"the start", 0, nullptr}, finished{"the end", 0, nullptr};
 static const Instruction barrier{"__syncthreads", BLOCK, [](Thread*) {}};
 
@@ -246,7 +245,7 @@ struct Thread {
 };
 
 struct Gpu {
-    std::vector<Thread> threads;
+    Thread threads[BLOCK];
     Thread* running = nullptr;
     dim3 block, block_size;
     bool reverse = false, eager = false;    // as the environment says
@@ -314,8 +313,8 @@ inline void check_together(const Thread* threads, int n) {
         const Thread &a = threads[0], &b = threads[i];
         if (a.at == b.at && (a.line == b.line || a.at == &finished)) continue;
         fail("cuda_on_cpu: threads diverge in block (%u, %u, %u): thread %d is at %s (line %d), thread %d at %s "
-             "(line %d)\n", gpu.block.x, gpu.block.y, gpu.block.z, int(&a - gpu.threads.data()), a.at->name,
-             a.line, int(&b - gpu.threads.data()), b.at->name, b.line);
+             "(line %d)\n", gpu.block.x, gpu.block.y, gpu.block.z, int(&a - gpu.threads), a.at->name,
+             a.line, int(&b - gpu.threads), b.at->name, b.line);
     }
 }
 // Runs the threads of a warp, a warpgroup or the block until they wait for more threads or have ended.
@@ -334,23 +333,22 @@ inline void run_together(Thread* threads, int n, int group) {
         threads->at->execute(threads);
     }
 }
-inline bool is_set(const char* variable) {  // in the environment
+inline int environment(const char* variable, int otherwise) {
     const char* value = getenv(variable);
-    return value && *value == '1';
+    return value ? atoi(value) : otherwise;
 }
 inline void launch(void* function, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
     const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
-    if (shared_bytes > 48 << 10 && int(shared_bytes) > max_shared_bytes[function]) {
+    const int n = block.x * block.y * block.z;
+    if (n > BLOCK || (shared_bytes > 48 << 10 && int(shared_bytes) > max_shared_bytes[function])) {
         last_error = cudaErrorInvalidValue;
         return;
     }
-    gpu.reverse = is_set("CUDA_ON_CPU_REVERSE");
-    gpu.eager = is_set("CUDA_ON_CPU_EAGER");
+    gpu.reverse = environment("CUDA_ON_CPU_REVERSE", 0);
+    gpu.eager = environment("CUDA_ON_CPU_EAGER", 0);
     gpu.block_size = block;
     gpu.kernel = std::move(kernel);
     gpu.shared = static_cast<unsigned char*>(aligned_alloc(1024, (shared_bytes / 1024 + 1) * 1024));
-    const int n = block.x * block.y * block.z;
-    if (int(gpu.threads.size()) < n) gpu.threads.resize(n);
     for (unsigned b = 0; b < grid.x * grid.y * grid.z; b++) {
         gpu.block = dim3(b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y));
         memset(gpu.shared, 0xff, shared_bytes);  // NaN in every float format
@@ -364,7 +362,7 @@ inline void launch(void* function, dim3 grid, dim3 block, size_t shared_bytes, s
             t.unfenced.clear();
             t.registers_fenced = false;
         }
-        run_together(gpu.threads.data(), n, BLOCK);
+        run_together(gpu.threads, n, BLOCK);
     }
     free(gpu.shared);
 }
@@ -470,8 +468,8 @@ static const Instruction wgmma_commit{"wgmma.commit_group", WARPGROUP, execute_w
 }  // namespace cuda_on_cpu
 
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
-    const char* limit = getenv("CUDA_ON_CPU_SHARED_KB");  // of a block; sm_90 has 227 KB
-    if (bytes > (limit ? atoi(limit) : 227) << 10) return cudaErrorInvalidValue;
+    const int limit = cuda_on_cpu::environment("CUDA_ON_CPU_SHARED_KB", 227);  // of a block; sm_90 has 227 KB
+    if (bytes > limit << 10) return cudaErrorInvalidValue;
     return cuda_on_cpu::max_shared_bytes[(void*)kernel] = bytes, cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }

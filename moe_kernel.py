@@ -216,11 +216,9 @@ def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: i
     permutation, counts = route(expert)
 
     def naive(i, scatter):
-        y = torch.empty(n, m, device=device)
         weights = w[i].float(), w[i + 2].float()
-        launch_linear(y, x.float(), *weights, permutation, scatter, counts, TILES["naive"])
-        return y
-    linear, swiglu = naive(0, permutation), torch.nn.functional.silu(naive(0, None)) * naive(1, None)
+        return _linear(x.float(), *weights, permutation, counts, True, scatter, TILES["naive"])
+    linear, swiglu = naive(0, True), torch.nn.functional.silu(naive(0, False)) * naive(1, False)
     for is_compared in expert < 3, expert == 1:
         if not is_compared.all():
             x = x.masked_fill((expert != 1)[:, None], torch.nan)
@@ -264,38 +262,32 @@ def _microseconds(device: torch.device, call, copies: int) -> float:
     return best
 
 
-def _measure(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int, tiles: list) -> dict:
-    """{number of tokens: {choice: microseconds}}. A choice is a tile config or "torch", which is cuBLAS with
-    as much gather, silu and scatter as the product needs in a layer. 64 of the tokens are text."""
-    matrices = 4 if product == "swiglu" else 2
-    copies = 1 if device.type == "cpu" else 1 + (256 << 20) // (matrices * k * m * dtype.itemsize)    # 256 MB
-    weights = [[torch.randn(m, k, device=device, dtype=dtype) / k ** 0.5 for _ in range(matrices)]
-               for _ in range(copies)]
-    result = {}
-    for n in SIZES if device.type == "cuda" else SIZES[:1]:
-        x = torch.randn(n, k, device=device, dtype=dtype)
-        expert = torch.zeros(n, device=device, dtype=torch.uint8)
-        expert[32:-32] = 1                                                 # as an image stands in a prompt
-        permutation, counts = route(expert)
+def _measure(product: str, n: int, weights: list, tiles: list) -> dict[str, float]:
+    """{choice: microseconds} for n tokens, 64 of them text. A choice is a tile config or "torch", which is
+    cuBLAS with as much gather, silu and scatter as the product needs in a layer. weights: of each call."""
+    (m, k), device = weights[0][0].shape, weights[0][0].device
+    x = torch.randn(n, k, device=device, dtype=weights[0][0].dtype)
+    expert = torch.zeros(n, device=device, dtype=torch.uint8)
+    expert[32:-32] = 1                                                     # as an image stands in a prompt
+    permutation, counts = route(expert)
 
-        def by_kernel(i, tile_config, x=x, permutation=permutation, counts=counts):
+    def by_kernel(i, tile_config):
+        if product == "swiglu":
+            _swiglu(x, *weights[i], permutation, counts, tile_config)
+        else:
+            _linear(x, *weights[i], permutation, counts, product == "linear", True, tile_config)
+
+    def by_torch(i):
+        y, half = x.new_empty(n, m), len(weights[i]) // 2
+        for part, w in (slice(64), weights[i][:half]), (slice(64, None), weights[i][half:]):
+            rows = permutation[part]
+            gathered = x[part] if product == "w2" else x[rows]             # x of w2 is in permuted order
             if product == "swiglu":
-                _swiglu(x, *weights[i], permutation, counts, tile_config)
+                torch.nn.functional.silu(gathered @ w[0].T) * (gathered @ w[1].T)
             else:
-                _linear(x, *weights[i], permutation, counts, product == "linear", True, tile_config)
-
-        def by_torch(i, x=x, permutation=permutation):
-            y, half = x.new_empty(len(x), m), matrices // 2
-            for part, w in (slice(64), weights[i][:half]), (slice(64, None), weights[i][half:]):
-                rows = permutation[part]
-                gathered = x[part] if product == "w2" else x[rows]         # x of w2 is in permuted order
-                if product == "swiglu":
-                    torch.nn.functional.silu(gathered @ w[0].T) * (gathered @ w[1].T)
-                else:
-                    y.index_copy_(0, rows, gathered @ w[0].T)
-        calls = {str(t): functools.partial(by_kernel, tile_config=t) for t in tiles} | {"torch": by_torch}
-        result[n] = {choice: _microseconds(device, call, copies) for choice, call in calls.items()}
-    return result
+                y.index_copy_(0, rows, gathered @ w[0].T)
+    calls = {str(t): functools.partial(by_kernel, tile_config=t) for t in tiles} | {"torch": by_torch}
+    return {choice: _microseconds(device, call, len(weights)) for choice, call in calls.items()}
 
 
 MEASURED = {}                                      # what this process has measured or read already
@@ -308,7 +300,8 @@ def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
     if (asked := (device, dtype, product, k, m)) in MEASURED:
         return MEASURED[asked]
     file, key = library(device).folder / "measured.json", f"{product} {k} to {m} {dtype}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     made_with = {"device": name, "driver": library(device).moe_driver_version(), "torch": torch.__version__}
     with _locked(file.with_suffix(".lock")):
         try:
@@ -316,7 +309,7 @@ def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
             if {field: table[field] for field in made_with} != made_with:
                 raise ValueError("another device, driver or torch")
             faults, times = table["faults"].get(str(dtype)), table["microseconds"].get(key)
-            times = times and {int(n): {c: float(t) for c, t in row.items()} for n, row in times.items()}
+            times = times and {int(n): row for n, row in times.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):    # none yet, old or damaged
             table, faults, times = made_with | {"faults": {}, "microseconds": {}}, None, None
         if faults is None:
@@ -327,8 +320,12 @@ def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
                     warnings.warn(f"tile config {tile} of moe_kernel.cu is wrong on {name} ({why}) and will "
                                   f"not be used; please report this line together with {file}", stacklevel=3)
         if times is None:
-            usable = [t for t in tile_configs(device, dtype, product) if str(t) not in faults]
-            times = _measure(device, dtype, product, k, m, usable)
+            tiles = [t for t in tile_configs(device, dtype, product) if str(t) not in faults]
+            matrices = 4 if product == "swiglu" else 2                     # 256 MB, more than an L2 cache
+            copies = 1 + (256 << 20) // (matrices * k * m * dtype.itemsize) if on_gpu else 1
+            weights = [torch.randn(matrices, m, k, device=device, dtype=dtype).div(k ** 0.5).unbind()
+                       for _ in range(copies)]
+            times = {n: _measure(product, n, weights, tiles) for n in (SIZES if on_gpu else SIZES[:1])}
         table["faults"][str(dtype)], table["microseconds"][key] = faults, times
         with contextlib.suppress(OSError):                                 # from a read-only folder
             file.with_suffix(".new").write_text(json.dumps(table, indent=1))
