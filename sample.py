@@ -304,13 +304,12 @@ def open_in_place(output: Path) -> int | None:
         return os.dup(1)
     if not output.exists() or output.is_file():
         return None
-    fifo = output.is_fifo()                        # without O_NONBLOCK, opening it waits for a reader
     try:
-        fd = os.open(output, os.O_WRONLY | (os.O_NONBLOCK if fifo else 0))
+        fd = os.open(output, os.O_WRONLY | os.O_NONBLOCK)      # else a pipe would wait here for its reader
     except OSError as e:
-        raise InputError(f"{output} cannot be written: {e.strerror}" + "; nobody reads it" * fifo) from None
-    if fifo:
-        os.set_blocking(fd, True)
+        nobody = "; nobody reads it" * output.is_fifo()
+        raise InputError(f"{output} cannot be written: {e.strerror}{nobody}") from None
+    os.set_blocking(fd, True)
     return fd
 
 

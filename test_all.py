@@ -2329,6 +2329,15 @@ def listen(patch, scripts=()) -> list:
     return calls
 
 
+def type_in(patch, *lines: str):
+    """What the user of a chat types."""
+    patch.setattr("builtins.input", unittest.mock.Mock(side_effect=[*lines, EOFError]))
+
+
+def write_lines(path: Path | str, lines: list[dict]):
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 @pytest.mark.parametrize("argv, on_a_gpu, on_a_cpu", [
     ("", True, False), ("--input a.jsonl --output b.jsonl", True, False), ("--prompt hi", False, False),
     ("--prompt=", False, False), ("--no-compile", False, False), ("--prompt hi --compile", True, True)])
@@ -2483,7 +2492,7 @@ def test_the_chat_takes_file_names_of_every_system(saved_model, tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in "my cat.png", r"C:\Users\x y\a.png":
         Path(name).touch()
-    monkeypatch.setattr("builtins.input", unittest.mock.Mock(side_effect=[f"/image {typed}", EOFError]))
+    type_in(monkeypatch, f"/image {typed}")
     load = unittest.mock.Mock()
     sample.chat(SimpleNamespace(config=SMALL), TOK, [], load, sample.Flags())
     assert [call.args[0] for call in load.call_args_list] == [name.format(home=tmp_path) for name in names]
@@ -2493,12 +2502,11 @@ def test_a_system_message_of_the_flag_or_of_the_conversation_is_read_in_place_of
         saved_model, tmp_path, monkeypatch, capsys):
     def prompts(*argv):
         del calls[:]
-        monkeypatch.setattr("builtins.input", unittest.mock.Mock(side_effect=["hi", "so?", EOFError]))
+        type_in(monkeypatch, "hi", "so?")
         assert sample.main(["--model", saved_model, "--max_new_tokens", "1", *argv]) == 0
         return [TOK.decode(row.tolist(), skip_special_tokens=False) for call in calls for row in call.ids]
     calls, own = listen(monkeypatch), [{"from": "system", "value": "Be long."}, *data.turns("hi", "ho")]
-    (tmp_path / "questions.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in ({"conversations": own}, {"question": "hi"})))
+    write_lines(tmp_path / "questions.jsonl", [{"conversations": own}, {"question": "hi"}])
     file = ["--input", f"{tmp_path}/questions.jsonl", "--batch_size=1", "--output"]
     asked = "<|im_start|>user\nhi<|im_end|><|im_start|>assistant\n"
     for flag_, message in ([], TOK.system_message), (["--system", "Be short.\udcff"], "Be short.?"), (
@@ -2560,12 +2568,11 @@ def test_ids_questions_and_names_that_are_no_unicode_are_answered_and_escaped(
              {"question": "hi", "id": {half: [half]}}, {"conversations": data.turns(f"{half}?", half, "So?")},
              {"question": "?", "image": "\udcff.png"}]
     bad = [{"question": "hi", "image": "\ud800.png"}, {"question": "hi", "image": f"{half}/none.png"}]
-    Path("questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + bad))
+    write_lines("questions.jsonl", lines + bad)
     calls, folder = listen(monkeypatch), str(Path.cwd())
     status, records = ask_file(folder, saved_model, "--batch_size=1")
-    names = [f"{folder}/questions.jsonl:{number}" for number in (2, 4, 5)]
-    assert status == 0 and [record["id"] for record in records] == [lines[0]["id"], names[0], lines[2]["id"],
-                                                                    *names[1:]]
+    ids = [line.get("id", f"{folder}/questions.jsonl:{number}") for number, line in enumerate(lines, 1)]
+    assert status == 0 and [record["id"] for record in records] == ids
     assert [record["question"] for record in records] == ["hi", f"h{half}", "hi", "So?", "<image>\n?"]
     assert re.findall(r"left out: .*jsonl:(\d+)", capfd.readouterr().err) == ["6", "7"]
     read = [TOK.decode(call.ids[0].tolist()) for call in calls]
@@ -2573,10 +2580,10 @@ def test_ids_questions_and_names_that_are_no_unicode_are_answered_and_escaped(
     assert sum("user\n??assistant" in text for text in read) == 1
     assert ask_file(folder, saved_model)[1] == records         # nothing is asked again
     assert sample.main(["--model", saved_model, "--prompt", f"h{half}", "--image", "\udcff.png"]) == 0
-    monkeypatch.setattr("builtins.input", unittest.mock.Mock(side_effect=[f"h{half}", EOFError]))
+    type_in(monkeypatch, f"h{half}")
     assert sample.main(["--model", saved_model]) == 0
     assert TOK.decode(calls[-1].ids[0].tolist()) in read and len(calls) == len(lines) + 2
-    Path("questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
+    write_lines("questions.jsonl", bad)
     Path("answers.jsonl").unlink()
     assert ask_file(folder, saved_model) == (1, []) and "none of the 2 questions" in capfd.readouterr().err
 
@@ -2707,7 +2714,7 @@ def test_what_cannot_be_done_is_one_line_and_changes_no_file(saved_model, tmp_pa
 @pytest.mark.parametrize("kind", ["pipe", "device", "stdout", "full"])
 def test_an_output_that_is_no_file_is_written_in_place(saved_model, tmp_path, monkeypatch, capfd, kind):
     shutil.copytree(saved_model, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line, *_ in ASKED))
+    write_lines(tmp_path / "questions.jsonl", [line for line, *_ in ASKED])
     assert ask_file(tmp_path, saved_model, f"--image_root={tmp_path}", "--batch_size=2")[0] == 0
     expected, place = (tmp_path / "answers.jsonl").read_bytes(), tmp_path / kind
     capfd.readouterr()
@@ -2742,8 +2749,8 @@ def test_an_error_of_the_model_is_one_line_that_says_what_to_lower_and_a_chat_go
     given = [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError(
         "MPS backend out of memory (MPS allocated: 9.0 GB)"), InputError("NaN"), OWN, too_large.value]
     calls = listen(monkeypatch, [[error] for error in given])
-    (tmp_path / "questions.jsonl").write_text('{"question": "hi"}\n' * 2)
-    monkeypatch.setattr("builtins.input", unittest.mock.Mock(side_effect=["hi"] * 4 + [EOFError]))
+    write_lines(tmp_path / "questions.jsonl", [{"question": "hi"}] * 2)
+    type_in(monkeypatch, *["hi"] * 4)
     argv = ["--model", saved_model, "--max_new_tokens=1"]
     statuses = (sample.main([*argv, "--prompt", "hi"]), sample.main(argv),
                 ask_file(tmp_path, saved_model, "--batch_size=1")[0])
