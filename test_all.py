@@ -2783,10 +2783,18 @@ def test_the_modular_counterpart_is_an_encoder_before_the_same_llm():
 
 def test_bench_infer_measures_every_combination_and_draws_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(MonoInternVLConfig, "mono_internvl_1_5_2b", narrow)
+    first_token, owners = bench.first_token, {}    # cache -> whose CUDA graphs it has
+
+    def recorded(model, back_end, cache, *inputs):
+        owners.setdefault(cache, set()).add((model, back_end))
+        return first_token(model, back_end, cache, *inputs)
+
+    monkeypatch.setattr(bench, "first_token", recorded)
     flags = "--layers 1 --tiles 0 1 2 --rounds 2 --steps 1 --batches 1 2 --cpu_time"
     assert bench.main(["infer", *flags.split(), f"--json={tmp_path}/a.json", f"--png={tmp_path}/a.png"]) == 0
     result, out = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == result and flags in result["command"]
+    assert len(owners) == 6 and all(len(one) == 1 for one in owners.values())
     dtypes, tiles = ["float32", "bfloat16"], [0, 1, 2]
     assert [(r["dtype"], r["tiles"], r["back_end"]) for r in result["prefill"]] == \
         list(itertools.product(dtypes, tiles, ["dense", "torch", "modular"]))
