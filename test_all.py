@@ -3861,7 +3861,9 @@ def test_the_recipe_for_vlmevalkit_answers_as_evaluate_does(tmp_path, monkeypatc
 
     for name in ("vlmeval", "vlmeval.vlm", "vlmeval.vlm.internvl_chat"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(InternVLChat=InternVLChat))
-    exec(recipe("VLMEvalKit's other benchmarks"), scope := {})
+    cells = json.loads((HERE / "notebooks" / "05_make_it_yours.ipynb").read_text(encoding="utf-8"))["cells"]
+    [adapter] = ["".join(cell["source"]) for cell in cells if "**VLMEvalKit" in "".join(cell["source"])]
+    exec(re.search("```python\n(.*?)```", adapter, re.S)[1], scope := {})
     model = scope["MonoInternVLChat"](HERE / "assets/tiny", "cpu", torch.float32, max_new_tokens=100)
     rows = [*world_rows("position", 2), *world_rows("sign", 2)]
     write_tsv(tmp_path / "own.tsv", rows)
@@ -4431,11 +4433,6 @@ def readme_commands() -> list[str]:
     return list(dict.fromkeys(filter(None, lines)))
 
 
-def recipe(heading: str) -> str:
-    """The first code block after a bold heading."""
-    return re.search(rf"\*\*{re.escape(heading)}\.\*\*.*?```python\n(.*?)```", README, re.S)[1]
-
-
 @pytest.fixture
 def newcomer(short_run, tmp_path, monkeypatch):
     """A folder where the README's commands find what they name: a run, data and a checkpoint of one's own."""
@@ -4525,36 +4522,6 @@ def test_the_code_and_the_tests_that_the_papers_claims_name_are_there():
             assert re.search(rf"^ *(def |class |){name}\b", sources[file], re.M), name
     for name in re.findall(r"`(test_\w+)", claims):
         assert f"def {name}" in sources["test_all.py"], name
-
-
-def test_the_recipe_for_an_expert_type_makes_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(mono_internvl, "DecoderLayer", mono_internvl.DecoderLayer)       # comes back later
-    exec(recipe("An expert type"), {})
-    model = tiny().copy_text_experts()
-    train_evip.select_trainable(model, stage_of("S1.1"))
-    norms = [p for name, p in model.named_parameters() if "ffn_norm_ve" in name]
-    assert len(norms) == 2 and all(p.requires_grad for p in norms)
-    ids, pixels = torch.tensor([[1, IMG, 2]]), torch.randn(1, 3, 4, 4)
-    text, image = model(ids[:, :1])[0], model(ids, pixels)[0]
-    norms[0].data.mul_(3)
-    assert torch.equal(model(ids[:, :1])[0], text) and not torch.equal(model(ids, pixels)[0], image)
-    model.save_pretrained(tmp_path)
-    assert_close(MonoInternVL.from_pretrained(tmp_path)(ids, pixels)[0], model(ids, pixels)[0])
-
-
-@pytest.mark.slow
-def test_the_recipes_for_a_dataset_and_a_stage_train_on_it(newcomer, monkeypatch):
-    for name in ("daisy", "rose"):
-        (newcomer / "flowers" / name).mkdir(parents=True)
-        shutil.copy(PICTURE, newcomer / "flowers" / name / "1.jpg")
-    exec(recipe("A dataset"), {})
-    labels = [sample["labels"] for sample in load_meta("meta.json", TOK, SMALL)]
-    assert [TOK.decode(row[row != IGNORED].tolist()) for row in labels] == ["daisy", "rose"]
-    monkeypatch.setitem(train_evip.RECIPES, "evip++", train_evip.RECIPES["evip++"])      # comes back later
-    main = train_evip.main
-    monkeypatch.setattr(train_evip, "main", lambda argv: main([*argv, "--steps=2", "--batch_size=2"]))
-    exec(recipe("A stage"), {})
-    assert MonoInternVL.from_pretrained(newcomer / "out/evip++/S3")
 
 
 # ---------------------------------------------------------------- training
