@@ -372,16 +372,17 @@ def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, prod
 def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Tensor | None]:
     """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order.
 
-    Only the device knows how many tokens an expert has. torch's grouped product reads that there, multiplies
-    no row of another expert, and needs one line. It does so for bfloat16, and on GPUs since Hopper (compute
-    capability 9 and 10); elsewhere it asks the host, which a CUDA graph cannot capture. There the other rows
-    are set to zero. They are not multiplied by zero, because 0 · NaN = NaN. So it is also done if one expert
-    learns alone, since the grouped product would compute the gradients of both.
+    Only the device knows how many tokens an expert has. torch's grouped product reads that there and never
+    multiplies a row of another expert. On a GPU it does so for bfloat16 on Hopper and Blackwell (compute
+    capability 9 and 10). Otherwise it waits for the host, which a CUDA graph cannot capture. Then all rows
+    are multiplied, and those of others are set to zero before. A product with zero would not do, because
+    0 · NaN = NaN. If one expert learns alone, this is no more work: the grouped product computes both.
     """
     grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)          # since torch 2.10
     if grouped_mm and all(wanted) and len(x) and x.dtype == torch.bfloat16 and (
             x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)):
-        return list(grouped_mm(dy.T, x, offs=counts.cumsum(0, dtype=torch.int32)))
+        ends = counts.cumsum(0, dtype=torch.int32)                         # pads come after them
+        return list(grouped_mm(dy.contiguous().T, x.contiguous(), offs=ends))
     position = torch.arange(len(x), device=x.device)[:, None]
     experts = position < counts[0], (position >= counts[0]) & (position < counts.sum())
     return [torch.where(e, dy, 0).T @ torch.where(e, x, 0) if want else None
