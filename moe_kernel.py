@@ -1,9 +1,10 @@
 """moe_kernel.cu for PyTorch: the file is compiled, called through ctypes, and made differentiable.
 
 The model calls three functions of this file: `route` sorts the tokens by expert, `linear` and `swiglu` are
-the two routed products. They check, cast and reshape what they get. Below them are the operators, which
-PyTorch knows as torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu, their gradients, the build, and
-what finds out on a device which tiles are right and which is the fastest. `python moe_kernel.py` shows it.
+the two routed products. In this order: the build; the operators, which PyTorch knows as
+torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu; what finds out on a device which tiles are right
+and which is the fastest (`python moe_kernel.py` shows it); the gradient; and what the model calls, which
+checks, casts and reshapes.
 
 Shapes: N tokens laid end to end, K -> M widths of a product. `permutation` (N,) int64 lists the token indices
 sorted by expert: text, then visual, then pads, each in reading order. `counts` (2,) int64 holds the numbers
@@ -173,7 +174,8 @@ def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, co
 @torch.library.custom_op("mono_internvl::moe_swiglu", mutates_args=())
 def _swiglu(x: Tensor, w1_text: Tensor, w3_text: Tensor, w1_visual: Tensor, w3_visual: Tensor,
             permutation: Tensor, counts: Tensor, tile_config: int) -> Tensor:
-    """x (N, K) in reading order, weights (M, K) -> h = silu(x w1ᵀ) · (x w3ᵀ), (N, M), in permuted order."""
+    """x (N, K) in reading order, weights (M, K) -> h = silu(x w1ᵀ) · (x w3ᵀ), (N, M), in permuted order. It
+    has no gradient: see `swiglu`."""
     h = x.new_empty(len(x), len(w1_text))
     tile_config = tile_config or best_tile(x.device, x.dtype, "swiglu", x.shape[1], len(w1_text),
                                          tokens=len(x))
@@ -456,7 +458,7 @@ def swiglu(x: Tensor, text: Sequence[Tensor], visual: Sequence[Tensor], permutat
         x.reshape(-1, x.shape[-1]), *text[:2], *visual[:2], text[2], visual[2])
     _check(flat, first, permutation, counts)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *first)):
-        # The backward pass needs gate and up, which _swiglu does not return. So it has no gradient.
+        # The backward pass needs gate and up, and _swiglu would have to compute them a second time.
         gate, up = (_linear(flat, *weights, permutation, counts, True, False, 0)
                     for weights in (first[::2], first[1::2]))
         h = torch.nn.functional.silu(gate) * up
