@@ -263,9 +263,9 @@ static Gpu gpu;  // static, so that two libraries built with this header have on
 static std::mutex one_launch_at_a_time;
 constexpr size_t STACK_BYTES = 256 << 10;
 
-// A fiber leaves by _setjmp, which keeps its registers, and goes on by _longjmp, which loads them. It lives
-// for ever and runs one thread after the other. ASan must be told about every switch. Otherwise it takes the
-// other stack for an overflow of this one.
+// _setjmp keeps the registers of the fiber that stops, and _longjmp loads those of the fiber that continues.
+// A fiber never ends: it runs a thread of every block. ASan must be told about each switch. Otherwise it
+// takes the other stack for an overflow of this one.
 inline void leave_thread() {
     Thread& t = *gpu.running;
     __sanitizer_start_switch_fiber(&t.fake_stack, gpu.scheduler_stack, gpu.scheduler_stack_size);
@@ -312,14 +312,15 @@ inline void check_together(const Thread* threads, int n) {
     for (int i = 1; i < n; i++) {
         const Thread &a = threads[0], &b = threads[i];
         if (a.at == b.at && (a.line == b.line || a.at == &finished)) continue;
-        fail("cuda_on_cpu: threads diverge in block (%u, %u, %u): thread %d is at %s (line %d), thread %d at %s "
-             "(line %d)\n", gpu.block.x, gpu.block.y, gpu.block.z, int(&a - gpu.threads), a.at->name,
-             a.line, int(&b - gpu.threads), b.at->name, b.line);
+        fail("cuda_on_cpu: threads diverge in block (%u, %u, %u): thread %d is at %s (line %d), "
+             "thread %d at %s (line %d)\n", gpu.block.x, gpu.block.y, gpu.block.z, int(&a - gpu.threads),
+             a.at->name, a.line, int(&b - gpu.threads), b.at->name, b.line);
     }
 }
 // Runs the threads of a warp, a warpgroup or the block until they wait for more threads or have ended.
 inline void run_together(Thread* threads, int n, int group) {
-    const int part = group == BLOCK ? WARPGROUP : group == WARPGROUP ? WARP : 1, parts = (n + part - 1) / part;
+    const int part = group == BLOCK ? WARPGROUP : group == WARPGROUP ? WARP : 1;
+    const int parts = (n + part - 1) / part;
     for (;;) {
         for (int i = 0; i < parts; i++) {
             const int first = (gpu.reverse ? parts - 1 - i : i) * part;
@@ -449,7 +450,7 @@ template <class T, int N> void execute_wgmma(Thread* threads) {
     Product product{descriptors[0], descriptors[1], {}, execute_product<T, N>};
     for (int i = 0; i < WARPGROUP; i++) {
         product.sums[i] = (float*)threads[i].operands[0];
-        if (memcmp(threads[i].operands[1], descriptors, 16)) fail("cuda_on_cpu: descriptors of wgmma differ\n");
+        if (memcmp(threads[i].operands[1], descriptors, 16)) fail("cuda_on_cpu: descriptors differ\n");
         if (!threads[i].registers_fenced) fail("cuda_on_cpu: wgmma without wgmma.fence\n");
     }
     if (gpu.eager) threads->products.back().push_back(product);
@@ -515,7 +516,7 @@ void wgmma(T, float (&c)[GROUPS][4], uint64_t a, uint64_t b, int line = __builti
 }
 #endif
 
-// The descriptor of a matrix in shared memory that has 64 numbers of 16 bits in a row, in the 128-byte swizzle.
+// The descriptor of a matrix in shared memory with 64 numbers of 16 bits in a row, in the 128-byte swizzle.
 // Bits 0-13 are its address, bits 32-45 the 1024 bytes from 8 rows to the next 8 rows, both in units of 16
 // bytes. Bits 62-63 are 1 for this swizzle, which ignores bits 16-29.
 __device__ inline uint64_t wgmma_descriptor(const void* matrix) {

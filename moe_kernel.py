@@ -1,9 +1,10 @@
 """moe_kernel.cu for PyTorch: the file is compiled, called through ctypes, and made differentiable.
 
 The model calls three functions of this file: `route` sorts the tokens by expert, `linear` and `swiglu` are
-the two routed products. They check, cast and reshape what they get. Below them are the operators, which
-PyTorch knows as torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu, their gradients, the build, and
-what finds out on a device which tiles are right and which is the fastest. `python moe_kernel.py` shows it.
+the two routed products. In this order: the build; the operators, which PyTorch knows as
+torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu; what finds out on a device which tiles are right
+and which is the fastest (`python moe_kernel.py` shows it); the gradient; and what the model calls, which
+checks, casts and reshapes.
 
 Shapes: N tokens laid end to end, K -> M widths of a product. `permutation` (N,) int64 lists the token indices
 sorted by expert: text, then visual, then pads, each in reading order. `counts` (2,) int64 holds the numbers
@@ -173,7 +174,8 @@ def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, co
 @torch.library.custom_op("mono_internvl::moe_swiglu", mutates_args=())
 def _swiglu(x: Tensor, w1_text: Tensor, w3_text: Tensor, w1_visual: Tensor, w3_visual: Tensor,
             permutation: Tensor, counts: Tensor, tile_config: int) -> Tensor:
-    """x (N, K) in reading order, weights (M, K) -> h = silu(x w1ᵀ) · (x w3ᵀ), (N, M), in permuted order."""
+    """x (N, K) in reading order, weights (M, K) -> h = silu(x w1ᵀ) · (x w3ᵀ), (N, M), in permuted order. It
+    has no gradient: see `swiglu`."""
     h = x.new_empty(len(x), len(w1_text))
     tile_config = tile_config or best_tile(x.device, x.dtype, "swiglu", x.shape[1], len(w1_text),
                                          tokens=len(x))
@@ -372,16 +374,17 @@ def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, prod
 def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Tensor | None]:
     """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order.
 
-    Only the device knows how many tokens an expert has. torch's grouped product reads that there, multiplies
-    no row of another expert, and needs one line. It does so for bfloat16, and on GPUs since Hopper (compute
-    capability 9 and 10); elsewhere it asks the host, which a CUDA graph cannot capture. There the other rows
-    are set to zero. They are not multiplied by zero, because 0 · NaN = NaN. So it is also done if one expert
-    learns alone, since the grouped product would compute the gradients of both.
+    Only the device knows how many tokens an expert has. torch's grouped product reads that there and never
+    multiplies a row of another expert. On a GPU it does so for bfloat16 on Hopper and Blackwell (compute
+    capability 9 and 10). Otherwise it waits for the host, which a CUDA graph cannot capture. Then all rows
+    are multiplied, and those of others are set to zero before. A product with zero would not do, because
+    0 · NaN = NaN. If one expert learns alone, this is no more work: the grouped product computes both.
     """
     grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)          # since torch 2.10
     if grouped_mm and all(wanted) and len(x) and x.dtype == torch.bfloat16 and (
             x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)):
-        return list(grouped_mm(dy.T, x, offs=counts.cumsum(0, dtype=torch.int32)))
+        ends = counts.cumsum(0, dtype=torch.int32)                         # pads come after them
+        return list(grouped_mm(dy.contiguous().T, x.contiguous(), offs=ends))
     position = torch.arange(len(x), device=x.device)[:, None]
     experts = position < counts[0], (position >= counts[0]) & (position < counts.sum())
     return [torch.where(e, dy, 0).T @ torch.where(e, x, 0) if want else None
@@ -455,7 +458,7 @@ def swiglu(x: Tensor, text: Sequence[Tensor], visual: Sequence[Tensor], permutat
         x.reshape(-1, x.shape[-1]), *text[:2], *visual[:2], text[2], visual[2])
     _check(flat, first, permutation, counts)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *first)):
-        # The backward pass needs gate and up, which _swiglu does not return. So it has no gradient.
+        # The backward pass needs gate and up, and _swiglu would have to compute them a second time.
         gate, up = (_linear(flat, *weights, permutation, counts, True, False, 0)
                     for weights in (first[::2], first[1::2]))
         h = torch.nn.functional.silu(gate) * up

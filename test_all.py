@@ -3128,11 +3128,14 @@ def test_what_the_kernel_cannot_do_is_a_clear_error(change, message):
 
 @pytest.mark.slow
 def test_torch_compile_takes_a_model_with_the_kernel():
-    model, (ids, pixels, mask) = tiny(), batch_of([[False, True, True, False], [True, False]])
-    model.moe = "cuda"
-    compiled = torch.compile(model, backend="aot_eager")
+    model, (ids, pixels, mask) = tiny().bfloat16(), batch_of([[False, True, True, False], [True, False]])
+    model.moe, pixels = "cuda", pixels.bfloat16()
+    compiled, labels = torch.compile(model, backend="aot_eager"), ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
         assert torch.equal(compiled(ids, pixels, mask)[0], model(ids, pixels, mask)[0])
+    expected = gradients(model, model(ids, pixels, mask, labels)[1])
+    for name, gradient in gradients(model, compiled(ids, pixels, mask, labels)[1]).items():
+        assert_close(gradient, expected[name])
 
 
 # ---------------------------------------------------------------- the kernel: the build
