@@ -692,10 +692,10 @@ def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = 
 # ---------------------------------------------------------------- batches: padding and packing
 
 def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) -> dict:
-    """Samples, or rows of `pack`, -> a batch: input_ids and labels (B, T) int64; attention_mask (B, T), 0 at
-    pads, or None without pads, because the model is then faster; pixel_values (n_tiles, 3, S, S) uint8, all
-    rows' tiles in order, or None; with packed rows document_ids (B, T), 0 at pads. left: pads come first, as
-    generate needs it."""
+    """Samples, or rows of `pack`, -> a batch: input_ids and, but for questions, labels (B, T) int64;
+    attention_mask (B, T), 0 at pads, or None without pads, because the model is then faster; pixel_values
+    (n_tiles, 3, S, S) uint8, all rows' tiles in order, or None; with packed rows document_ids (B, T), 0 at
+    pads. left: pads come first, as generate needs it."""
     def pad(sequences: list[torch.Tensor], value: int) -> torch.Tensor:
         return pad_sequence(sequences, True, value, "left" if left else "right")
 
@@ -703,10 +703,10 @@ def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) 
     mask = pad([torch.ones_like(s["input_ids"]) for s in samples], 0)
     batch = {"input_ids": pad([s["input_ids"] for s in samples], pad_token_id),
              "attention_mask": None if mask.all() else mask,
-             "labels": pad([s["labels"] for s in samples], IGNORED),
              "pixel_values": torch.cat(tiles) if tiles else None}
-    if "document_ids" in samples[0]:
-        batch["document_ids"] = pad([s["document_ids"] for s in samples], 0)
+    for name, value in ("labels", IGNORED), ("document_ids", 0):
+        if name in samples[0]:
+            batch[name] = pad([s[name] for s in samples], value)
     return batch
 
 

@@ -74,11 +74,10 @@ class Flags:
 
 def make_sample(model: MonoInternVL, tok: Tokenizer, tiles: list[Tensor], text: str) -> dict:
     """A question with its <image> marks, for collate. tiles: (n_tiles, 3, S, S) uint8 for each image."""
-    ids, labels = encode_conversation(tok, turns(text), [len(t) for t in tiles], model.config.tokens_per_tile)
+    ids, _ = encode_conversation(tok, turns(text), [len(t) for t in tiles], model.config.tokens_per_tile)
     if len(ids) >= model.config.context_length:
         raise InputError(f"{len(ids)} tokens fill the context of {model.config.context_length}")
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
-            "pixel_values": torch.cat(tiles) if tiles else None}
+    return {"input_ids": torch.tensor(ids), "pixel_values": torch.cat(tiles) if tiles else None}
 
 
 def greedy_answers(model: MonoInternVL, tok: Tokenizer, samples: list[dict],

@@ -125,11 +125,11 @@ def add_image_marks(question: str, images: int) -> str:
 
 
 def encode_prompt(tok: Tokenizer, config: MonoInternVLConfig, conversation, tiles: list[torch.Tensor],
-                  continued: bool = False) -> tuple[list[int], list[int]]:
-    """encode_conversation, with "?" for what has no UTF-8: half a surrogate pair, or invalid bytes."""
+                  continued: bool = False) -> list[int]:
+    """The ids of a conversation, with "?" for what has no UTF-8: half a surrogate pair, or invalid bytes."""
     conversation = json.loads(json.dumps(conversation, ensure_ascii=False).encode(errors="replace"))
     return encode_conversation(tok, conversation, [len(t) for t in tiles], config.tokens_per_tile,
-                               continued=continued)
+                               continued=continued)[0]
 
 
 def memory_report(device: torch.device) -> str:
@@ -212,9 +212,8 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
                 images = images + [load(os.path.expanduser(path)) for path in paths]
                 print(f"{len(images)} image(s) join your next message", file=sys.stderr)
             elif line:
-                turn, _ = encode_prompt(tok, model.config, turns(add_image_marks(line, len(images))), images,
-                                        continued=bool(ids))
-                prompt = ids + turn
+                prompt = ids + encode_prompt(tok, model.config, turns(add_image_marks(line, len(images))),
+                                             images, continued=bool(ids))
                 answer = print_answer(model, tok, prompt, tiles + images, flags, cache)
                 ids = prompt + answer + [tok.token_id("<|im_end|>")]
                 tiles, images = tiles + images, []
@@ -263,11 +262,11 @@ class Questions(JsonlDataset):
         elif conversation is None:
             raise InputError('it has neither "question" nor "conversations"')
         tiles = [self.load(image) for image in images]
-        ids, labels = encode_prompt(self.tok, self.config, conversation, tiles)
+        ids = encode_prompt(self.tok, self.config, conversation, tiles)
         if len(ids) >= self.max_tokens:
             raise InputError(f"{len(ids)} tokens fill the context of {self.max_tokens}")
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "id": line.get("id"),
-                "pixel_values": torch.cat(tiles) if tiles else None, "question": conversation[-1]["value"]}
+        return {"input_ids": torch.tensor(ids), "pixel_values": torch.cat(tiles) if tiles else None,
+                "id": line.get("id"), "question": conversation[-1]["value"]}
 
     def batches(self, todo: list[int], flags: Flags, bar: tqdm) -> Iterator[list[dict]]:
         """The questions `todo` in batches, made from 4 · batch_size questions at a time. Those that cannot be
@@ -289,7 +288,6 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
     """The tokens of each answer without the one that ends it, and whether there was one. options: those of
     generate, eos_token_id a tuple."""
     batch, ends = collate(samples, tok.pad_id, left=True), set(options["eos_token_id"])
-    del batch["labels"]
     if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
         batch["pixel_values"] = data.normalise(batch["pixel_values"].to(next(model.parameters()).device))
     tokens = list(model.generate(**batch, **options, num_tokens=len(tok)))
@@ -428,7 +426,7 @@ def run(flags: Flags):
     elif flags.prompt is None:
         chat(model, tok, images, load, flags)
     else:
-        ids, _ = encode_prompt(tok, config, turns(add_image_marks(flags.prompt, len(images))), images)
+        ids = encode_prompt(tok, config, turns(add_image_marks(flags.prompt, len(images))), images)
         answer = print_answer(model, tok, ids, images, flags, KVCache(config))
         if flags.draw:
             picture = data.open_image(flags.image[0], flags.max_pixels)
