@@ -45,6 +45,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jinja2  # comes with torch
+import nbformat
 import numpy as np
 import pytest
 import safetensors.torch
@@ -3976,6 +3977,25 @@ def test_a_stage_mixes_kinds_of_samples_of_its_split_and_text_alone_answers_its_
     assert {split_of(picture) for picture in drawn} == {"test"}
 
 
+
+def test_the_picture_of_predictions_has_whole_texts_in_the_color_of_the_verdict_and_draws_boxes(monkeypatch):
+    figures = []
+    monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    picture = world.make_picture(random.Random(0), "scene")
+    said = "red is bottom right. blue is bottom left, and so is the one that is purple. yes."
+    truth, box = "red is top.", "<ref>red</ref><box>[[{}]]</box>"
+    evaluate.plot_predictions([
+        (picture, "Is it?", said, said, True),
+        (picture, "Find red.", f"{truth} {box.format('0, 0, 500, 250')}",
+         f"{said} {box.format('250, 500, 750, 1000')}", False)], "unused.png")
+    right, wrong = figures[0].axes[:2]
+    assert right.get_title().split() == f"Is it? {said}".split()
+    assert wrong.get_title().split() == f"Find red. {said} (box) right: {truth} (box)".split()
+    assert [ax.title.get_color() for ax in (right, wrong)] == ["darkgreen", "firebrick"]
+    assert not right.lines and [line.get_linestyle() for line in wrong.lines] == ["-", "--"]
+    assert [line.get_xydata()[::2].tolist() for line in wrong.lines] == [
+        [[12, 24], [36, 48], [12, 24]], [[0, 0], [24, 12], [0, 0]]]
+
 # ---------------------------------------------------------------- a real language model
 
 SMOL_TEMPLATE = (
@@ -4402,7 +4422,6 @@ def test_notebooks_run_from_top_to_bottom(tmp_path):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_kept_outputs_belong_to_the_code_above_them(name):
-    import nbformat
     notebook = nbformat.read(HERE / "notebooks" / name, as_version=4)
     source_hash = runpy.run_path(str(HERE / "notebooks" / "execute.py"))["source_hash"]
     assert notebook.metadata["outputs_of_source"] == source_hash(notebook), \
@@ -4412,6 +4431,18 @@ def test_kept_outputs_belong_to_the_code_above_them(name):
         assert str(Path.home()) not in str(output) and "/tmp/" not in str(output)
     prose = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert all((HERE / "notebooks" / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose))
+
+
+@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name != "02_moe_kernel.ipynb"])
+def test_a_notebook_has_short_cells_with_prose_between_them_versions_first_and_exercises_last(name):
+    cells = nbformat.read(HERE / "notebooks" / name, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert [cell.source for cell in code if len(cell.source.splitlines()) > 15] == []
+    assert [b.source for a, b in itertools.pairwise(cells) if a.cell_type == b.cell_type == "code"] == []
+    assert "torch.__version__" in code[0].source and cells[0].source.startswith(f"# {int(name[:2])}. ")
+    folded = [cell.metadata.get("jupyter", {}).get("source_hidden", False) for cell in code]
+    assert any(cell.source.startswith("## Exercises") for cell in cells)
+    assert True in folded and folded == sorted(folded)       # solutions come last, hidden at first
 
 
 # ---------------------------------------------------------------- the README

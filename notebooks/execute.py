@@ -3,6 +3,7 @@
     python notebooks/execute.py                            # all of them, in place
     python notebooks/execute.py 01_architecture.ipynb      # some
 
+With MEASURE=1 in the environment, 03_evip_training measures assets/skills.json again, which takes minutes.
 The notebook keeps the hash of the code that made its outputs; a test compares it with the code that is there.
 """
 import hashlib
