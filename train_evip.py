@@ -138,7 +138,7 @@ SWITCH = ["auto", "on", "off"]
 @dataclass
 class Flags:
     recipe: str = flag("evip++", "evip (v1) or evip++ (1.5)", choices=list(RECIPES))
-    preset: str = flag("tiny", "which table of stages: tiny, 2b or llava_sft", choices=list(PRESETS))
+    preset: str = flag("tiny", "which table of stages", choices=list(PRESETS))
     stages: list[str] = flag([], "stages to run, e.g. S1.3 S2 (default: all)")
     out: str | None = flag(None, "folder of the run (default: out/RECIPE or out/RECIPE-PRESET)")
     init_from: str | None = flag(None, "folder to start from: a Mono-InternVL, InternLM2 or Llama layout")
