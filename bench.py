@@ -1,11 +1,11 @@
 """Every measured number of this project comes from here.
 
     python bench.py kernels        the routed feed-forward layer on each back end
+    python bench.py resources      registers and shared memory of the kernel's tiles, as nvcc compiles them
     python bench.py infer          time to the first token and decoding rate of whole models
     python bench.py train          optimizer steps of the tiny model and of layers of full width
     python bench.py data           photos become tiles
     python bench.py all            these four; --quick: fewer sizes and rounds
-    python bench.py ablation       delta tuning against full fine-tuning, v1 and random experts
     python bench.py report         writes RESULTS.md from the measurements in assets/
 
 Each measurement is printed as it comes. The last line is all of them as JSON, which --json FILE keeps. --help
@@ -24,12 +24,14 @@ import re
 import shlex
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import Template
 
 import torch
 from matplotlib.figure import Figure
@@ -39,9 +41,9 @@ from torch import nn
 import budget
 import moe_kernel
 import train_evip
-from common import InputError, flag, parse_flags, read_json
-from data import Batches, JsonlDataset, Tokenizer, collate, count_tokens, turns
-from evaluate import described_rightly, text_probe
+from ablation import ablation_table
+from common import InputError, flag, parse_flags, read_json, table
+from data import Batches, JsonlDataset, collate, count_tokens, turns
 from generate import KVCache, decode
 from mono_internvl import (
     FeedForward,
@@ -52,7 +54,7 @@ from mono_internvl import (
     mmoe_swiglu,
     pixel_shuffle,
 )
-from world import KINDS, World, make_world_tokenizer
+from world import World, make_world_tokenizer
 
 TEXT_TOKENS = 64                                   # of a measured prompt
 GPU = torch.cuda.is_available()
@@ -165,27 +167,17 @@ def random_prompt(c: MonoInternVLConfig, tiles: int, batch: int, device: str, te
     return ids.to(device), pixels
 
 
-def table(lines: list[dict]) -> str:
-    """Markdown. Each line maps the titles of the columns to what stands there."""
-    rows = [lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
-
-
 def spread(median: float, quartiles: list[float], digits: int, scale: float = 1) -> str:
     return "{:.{d}f} ({:.{d}f}–{:.{d}f})".format(*(scale * t for t in (median, *quartiles)), d=digits)
 
 
 # ---------------------------------------------------------------- kernels
 
-TILE_CONFIGS = {"small": 1, "medium": 2, "large": 3}                       # moe_kernel.cu's enum TileConfig
-
-
 @dataclass
 class KernelsFlags(Timing):
     dtypes: list[str] = flag(["bfloat16"] if GPU else ["float32", "bfloat16"], "of weights and activations")
     rounds: int = flag(20, "how often each case is timed")
-    back_ends: list[str] = flag(["dense", "torch", "cuda"] + ["cublas"] * GPU,
-                                "for tuning also cuda-small, cuda-medium, cuda-large")
+    back_ends: list[str] = flag(["dense", "torch", "cuda"] + ["cublas"] * GPU, "of the experts")
     hidden_size: int = flag(2048 if GPU else 256, "of the layer")
     intermediate_size: int = flag(8192 if GPU else 1024, "of the layer")
     image_tiles: list[int] = flag([0, 1, 2, 4, 7, 13] if GPU else [0, 1, 2],
@@ -214,17 +206,8 @@ class FeedForwardCase:
         if back_end == "cublas":                                           # sorted beforehand: nothing moves
             return lambda i: [expert(x) for expert, x in zip(self.experts[i], self.sorted[i], strict=True)
                               if len(x)]
-        name, _, size = back_end.partition("-")                            # "cuda-small": that tile only
-        routing = Routing(self.visual, backend=name)
-        if not size:
-            return lambda i: mmoe_swiglu(self.x[i], *self.experts[i], routing)
-        ops, order = torch.ops.mono_internvl, (routing.permutation, routing.counts, TILE_CONFIGS[size])
-
-        def with_one_tile(i):
-            (t1, t3, t2), (v1, v3, v2) = ((e.w1.weight, e.w3.weight, e.w2.weight) for e in self.experts[i])
-            h = ops.moe_swiglu(self.x[i][0], t1, t3, v1, v3, *order)
-            return ops.moe_linear(h, t2, v2, *order[:2], None, False, True, order[2])[None]
-        return with_one_tile
+        routing = Routing(self.visual, backend=back_end)
+        return lambda i: mmoe_swiglu(self.x[i], *self.experts[i], routing)
 
 
 def peak_memory_mb(run) -> float:
@@ -277,19 +260,6 @@ def kernels_tables(result: dict) -> str:
         "× dense": f"{dense.get((r['dtype'], r['tokens']), math.nan) / r['ms']:.2f}"} for r in rows])
 
 
-KERNELS_PROSE = """
-The feed-forward of one layer, on 64 text tokens and some tiles of 256 visual tokens. *matmul* and *copy* are
-shares of what a large matrix product and a large copy reach. Only useful operations count, one expert per
-token, so `dense` cannot exceed half. `cublas` is each expert on tokens that were sorted beforehand. On a CPU,
-`cuda` is moe_kernel.cu run by cuda_on_cpu.h: its times say nothing about a GPU.
-"""
-
-
-CHOSEN_PROSE = """What `--moe auto` takes after this: for each product of a layer and number of tokens (64 of
-them text) the fastest tile that was found right, and its time in microseconds; after the slash, the time of
-PyTorch's gather, two products and scatter. A tile with "/ 4" adds up its sum in 4 parts."""
-
-
 def chosen_table(microseconds: dict[str, dict]) -> str:
     """microseconds: of moe_kernel.py's file, {product: {tokens: {tile config or "torch": time}}}."""
     names, lines = {number: name for name, number in moe_kernel.TILES.items()}, {}
@@ -300,6 +270,60 @@ def chosen_table(microseconds: dict[str, dict]) -> str:
             lines.setdefault(tokens, {"tokens": tokens})[product.replace(" torch.", " ")] = (
                 f"{names.get(tile, best)}{f' / {parts}' * bool(parts)}: {row[best]:.0f} / {row['torch']:.0f}")
     return table(list(lines.values()))
+
+
+# ---------------------------------------------------------------- resources
+
+@dataclass
+class ResourcesFlags(Flags):
+    sm: list[str] = flag(["80", "86", "89", "90", "90a", "100", "120"], "architectures to compile for")
+
+
+def ptxas_report(sm: str) -> str:
+    """What the assembler says about each kernel of moe_kernel.cu. Raises InputError if nvcc is missing."""
+    try:
+        command = moe_kernel.nvcc_command(sm)
+    except RuntimeError as e:
+        raise InputError(str(e)) from None
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["-Werror", "all-warnings", "-Xptxas", "-v", "-cubin", "-o", f"{folder}/kernels.cubin"]
+        compiled = subprocess.run([*command, moe_kernel.SOURCE], text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT)
+    if compiled.returncode:
+        raise InputError(f"{shlex.join(command)} failed: {compiled.stdout}")
+    return compiled.stdout
+
+
+def resources(flags: ResourcesFlags, result: dict):
+    """Of the bfloat16 tiles; those of float16 are alike. A tile is a BlockTile of moe_kernel.cu, whose name
+    for the linker holds its numbers. Its shared memory is its ring of stages."""
+    reports, rows = {sm: ptxas_report(sm) for sm in flags.sm}, {}
+    version = subprocess.run([moe_kernel.nvcc_command("")[0], "--version"], text=True, capture_output=True)
+    result |= {"nvcc": re.search(r"V([\d.]+)", version.stdout)[1], "sm": flags.sm, "rows": []}
+    entry = r"entry function '(\S+)'.*\n.*\n.* (\d+) bytes spill loads\n.*Used (\d+) registers"
+    for sm, report in reports.items():
+        for name, spilled, registers in re.findall(entry, report):
+            tile = re.search(r"\d([a-z]+_kernel)I13__nv_bfloat169BlockTileI((?:Li\d+E)+)ELb(.)E", name)
+            if tile is None or tile[1] == "wgmma_kernel" and sm != "90a":
+                continue
+            bm, bn, bk, warps_m, warps_n, stages, *_ = map(int, re.findall(r"\d+", tile[2]))
+            row = rows.setdefault(tile[0], {
+                "kernel": tile[1], "product": ("linear", "SwiGLU")[int(tile[3])],
+                "tokens": bm, "weight_rows": bn, "k": bk, "stages": stages, "threads": 32 * warps_m * warps_n,
+                "shared_bytes": (bm + bn) * bk * 2 * stages, "spilled_bytes": 0, "registers": {}})
+            row["registers"][sm] = int(registers)
+            row["spilled_bytes"] += int(spilled)
+    for row in sorted(rows.values(), key=lambda row: [*row.values()][:6]):
+        record(result, "rows", row, flags)
+
+
+def resources_table(result: dict) -> str:
+    spilled = sum(row["spilled_bytes"] for row in result["rows"])
+    return f"Bytes that did not fit into registers and were spilled to memory: {spilled}.\n\n" + table([{
+        "kernel": r["kernel"], "product": r["product"],
+        "tokens × weight rows × K": f"{r['tokens']} × {r['weight_rows']} × {r['k']}", "stages": r["stages"],
+        "threads": r["threads"], "shared KB": r["shared_bytes"] // 1024,
+        **{f"sm_{sm}": r["registers"].get(sm, "–") for sm in result["sm"]}} for r in result["rows"]])
 
 
 # ---------------------------------------------------------------- infer
@@ -496,33 +520,6 @@ def plot_infer(result: dict, path: str):
     figure.savefig(path, dpi=110)
 
 
-INFER_PROSE = """
-Weights are random; values are medians, with quartiles in brackets. *modular* is InternViT-300M, an MLP and
-the same LLM without visual experts. *by operations* is the ratio of `dense` to `torch` by counting: attention
-and the vision embedding are the same for both. *floor* is the share that was reached of what a large matrix
-product and a large copy reach. (A copy reads and writes; reading alone can be faster.)
-
-The targets on a CPU were 1.7 × `dense` at 2 tiles and 1.9 × at 7. What float32 lacks is time outside the
-matrix products: norms, RoPE, softmax, gather and scatter, and the few text tokens. In bfloat16 the matrix
-unit of this processor (AMX) is so fast that this time weighs more. The second file is without AMX.
-
-On the GPU, prompts of up to 1,088 tokens are replayed as CUDA graphs if they are text alone or use the `cuda`
-back end. The `torch` back end asks the device for the numbers of tokens, so the host limits it. The target
-was 69 % less than the modular counterpart where that is possible. At 7 tiles it is 30 %, and by operations it
-could be 46 %. At one tile both wait for the same LLM, and it is no less.
-
-Decoding was measured there by the functions of bench.py, batch 1: 2.68 ms a step as a graph and 2.03 ms
-compiled after 320 tokens, 3.10 and 2.00 ms after 1,856. That is 40 % of the copy rate; the target is 65 %.
-cuBLAS reads the weights in 1.2 ms, at 2.9 of 4.3 TB/s. The rest is small kernels and the gaps between them.
-
-An earlier bench.py measured three more things in these runs, which only the files hold. Text alone had 0.98
-to 1.01 × the speed of the LLM without visual experts. A decoding step after 2,000 cached tokens took, without
-its attention, 0.99 to 1.00 × the time of one after 200. w1 and w3 as one matrix had 0.96 to 1.00 × the speed
-of two. The machine was shared. Text alone, and float32 at 2 tiles, were measured again when the other core
-was idle. Beside a busy core they had been 0.96 to 1.02, and 1.68 and 1.75 × `dense`.
-"""
-
-
 # ---------------------------------------------------------------- train
 
 @dataclass
@@ -626,19 +623,6 @@ def train_tables(result: dict) -> str:
         "× dense": f"{dense.get((r['model'], r['stage']), math.nan) / r['seconds']:.2f}"} for r in rows])
 
 
-TRAIN_PROSE = """
-Whole optimizer steps: forward, backward, clipping, AdamW. *share of peak* counts useful operations. `dense`
-runs both experts on every token, pads included, as the official code does. On a CPU at full width, AdamW
-updates 63 or 126 M parameters, which takes a good part of a step of 320 tokens. So it misses the target of
-1.7 × `dense`.
-
-The GPU's rows are older than three changes: no mask for padded rows, attention that shares keys, and compiled
-layers. With all three, the step of S1.2 on 12 layers took 61.8 ms instead of 78.0 on the same kind of GPU:
-331 TFLOP/s, 42 % of the peak. The target is 45 %. The device works for 55.8 ms of it: products 24, AdamW 7,
-attention 4, and the rest are elementwise kernels, gathering and scattering.
-"""
-
-
 # ---------------------------------------------------------------- data
 
 @dataclass
@@ -696,117 +680,7 @@ def data_tables(result: dict) -> str:
         "MB/s of tiles": f"{r['pixels_mb_s']:.0f}"} for r in result["rows"]])
 
 
-DATA_PROSE = """
-From a JPEG file to tiles of 448 pixels in a batch, by processes that read samples (`--workers`). Times and
-rates are those of one process.
-"""
-
-
-# ---------------------------------------------------------------- ablation: the paper's claims, tried out
-
-VARIANTS = {                           # of S1.1 and S1.2: what differs from the first
-    "delta tuning, 1.5": {},
-    "full fine-tuning, 1.5": {"trainable": "all"},
-    "delta tuning, v1": {"attn_experts": ""},
-    "delta tuning, 1.5, random experts": {"copy_experts": False},
-}
-
-
-@dataclass
-class AblationFlags(Flags):
-    seeds: int = flag(3, "how many")
-    seed: int = flag(0, "the first")
-    steps: int | None = flag(None, "of each stage (default: as in the recipe)")
-    eval_questions: int = flag(100, "held-out pictures of each kind")
-    out: str = flag("out/ablation", "folder of the run")
-
-
-def train_variant(change: dict, llm: MonoInternVL, tok: Tokenizer, train, stages: list, n: int) -> dict:
-    """Takes a copy of the language model through the stages. change: of VARIANTS. n: pictures of each kind
-    that it then describes."""
-    model = MonoInternVL(replace(llm.config, attn_experts=change.get("attn_experts", "qkvo")))
-    model.load_state_dict({name: weight for name, weight in llm.state_dict().items()
-                           if name.startswith("language_model") and "_ve." not in name}, strict=False)
-    if change.get("copy_experts", True):
-        model.copy_text_experts()
-    logits, before = text_probe(model, tok)
-    for stage in stages:
-        losses = train(model, replace(stage, trainable=change.get("trainable", stage.trainable)), tok)
-    logits_after, after = text_probe(model, tok)
-    # Every sample is new, so the training loss tells what was learned: its mean in each tenth of S1.2.
-    tenths = torch.tensor(losses).tensor_split(min(10, len(losses)))
-    return {"text before": before, "text after": after,
-            "text bitwise equal": torch.equal(logits, logits_after), **described_rightly(model, tok, n),
-            "caption loss": [tenth.mean().item() for tenth in tenths]}
-
-
-def ablation(flags: train_evip.Flags, seeds: int = 3) -> dict:
-    """Trains each variant through S1.1 and S1.2 on a CPU: from one S0 per seed (or --init_from), on the same
-    samples of the embedded world, for as many steps. Writes OUT/results.json and returns what it holds."""
-    started, out, rows = time.time(), Path(flags.out or "out/ablation"), []
-    s0, *stages = train_evip.RECIPES["evip++"][:3]
-
-    def train(model: MonoInternVL, stage, tok: Tokenizer) -> list[float]:
-        """Returns the loss of each step."""
-        log, dataset = out / "log.jsonl", World(stage.name, tok, model.config, stage.max_tiles, flags.seed)
-        if not train_evip.train_stage(model, dataset, stage, flags, train_evip.Progress(log), tok):
-            raise InputError("the ablation was stopped; the same command starts it from the beginning")
-        lines = log.read_text(encoding="utf-8").splitlines()[-(flags.steps or stage.steps):]
-        return [json.loads(line)["loss"] for line in lines]
-
-    for seed in range(flags.seed, flags.seed + seeds):
-        flags = replace(flags, seed=seed, device="cpu", dtype="float32")
-        torch.manual_seed(seed)
-        _, tok, build = train_evip.origin(flags, s0, True, out)
-        llm = build()
-        if flags.init_from is None:
-            train(llm, s0, tok)
-        for name, change in VARIANTS.items():
-            print(f"seed {seed}: {name}", flush=True)
-            torch.manual_seed(seed)                # new weights for all but the LLM
-            rows.append({"variant": name, "seed": seed,
-                         **train_variant(change, llm, tok, train, stages, flags.eval_questions)})
-    results = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows,
-               "seconds": time.time() - started, "steps": [flags.steps or stage.steps for stage in stages],
-               "batch_size": flags.batch_size or s0.batch, "pictures": len(KINDS) * flags.eval_questions}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    return results
-
-
-def run_ablation(flags: AblationFlags, result: dict):
-    result |= ablation(train_evip.Flags(steps=flags.steps, eval_questions=flags.eval_questions,
-                                        seed=flags.seed, out=flags.out), flags.seeds)
-    print(ablation_table(result))
-
-
-def ablation_table(results: dict) -> str:
-    def mean(rows, key, form):
-        values = [row[key][-1] if key == "caption loss" else row[key] for row in rows]
-        deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):{form}}{deviation}"
-
-    groups = [[row for row in results["rows"] if row["variant"] == name] for name in VARIANTS]
-    return table([{
-        "S1.1 and S1.2 by": rows[0]["variant"], "text loss before": mean(rows, "text before", ".3f"),
-        "after": mean(rows, "text after", ".3f"),
-        "bitwise equal": "yes" if all(row["text bitwise equal"] for row in rows) else "no",
-        "described rightly": mean(rows, "right", ".0%"), "blank image": mean(rows, "blank", ".0%"),
-        "caption loss": mean(rows, "caption loss", ".3f")} for rows in groups if rows])
-
-
-ABLATION_PROSE = """
-`python bench.py ablation` takes one S0 per seed through S1.1 and S1.2 in four ways, on the same samples and
-for as many steps. *described rightly* counts, of 500 held-out pictures of all five kinds, those whose
-description has no mistake; *blank image* is the same about grey pictures; *caption loss* is the mean over the
-last tenth of S1.2. Mean ± standard deviation over three seeds, torch {torch}. (Charts were 1 in 14 of the
-pictures then; now they are 1.5 in 14.5.)
-
-Delta tuning keeps the language model, in every bit. Full fine-tuning describes better after the same steps,
-and forgets the text. The attention experts of 1.5 lower the caption loss with every seed. Whether visual
-experts start as copies or at random makes no difference to this model of a million parameters, whose language
-model has trained for 200 steps only. [03_evip_training](notebooks/03_evip_training.ipynb) draws the curves.
-"""
-
+# ---------------------------------------------------------------- report: RESULTS.md
 
 # ---------------------------------------------------------------- all of it
 
@@ -835,69 +709,47 @@ def measure_all(flags: AllFlags) -> int:
         print(f"{name}: {time.time() - started:.0f} s\n", flush=True)
     return status
 
-
-# ---------------------------------------------------------------- report: RESULTS.md
-
-ACCURACY_PROSE = """
-`python train_evip.py` (seed 0) and `python train_evip.py --seed 1`, torch {torch}: 100 questions per task
-about held-out pictures. No combination of things, bars or words and no scan of a digit is shared with
-training. *blank image* is the control: a model that answers as well about a grey picture does not look.
-*chance* is a guess from the question alone. Text loss before S1.1 and after S1.2 (seed 0): {before:.6f} and
-{after:.6f}, the logits bitwise equal.
-
-Seed 0 took {seconds:.0f} s on one core of a busy AMD EPYC (`OMP_NUM_THREADS=1`). Two idle cores took 190 s
-and reached 96.4 %: threads add up in another order, so the weights differ. `--recipe evip` (v1, seed 0) took
-244 s there and reached 86 %; its weakest task was shape (61 %).
-
-About twenty full runs settled the wording of the world, the size of the model and the schedule, judged by
-other held-out questions (seed 4242). But the last two choices, how often a chart is shown and how many steps
-S2 has, followed a look at this table. So 300 new questions per task were asked once afterwards, by
-`python evaluate.py --model out/evip++/S2 --questions 300 --seed 20261124`: 96.7 % (seed 0) and 95.7 %
-(seed 1) on average, and 91 % and 90 % for position, the weakest task. Runs differ: a skill such as comparing
-bars forms late and all at once. With 600 steps fewer, one task in ten stayed at 48 to 75 %.
-"""
+def tables_of(pattern: str, made_by: str, tables) -> str:
+    """A heading, how it was measured, the tables and the picture of each file in assets/."""
+    parts = []
+    for file in sorted(Path("assets").glob(pattern)):
+        result, picture = read_json(file), file.with_suffix(".png")
+        parts += [f"#### `{file}`", made_by.format(**result), tables(result)]
+        parts += [f"![The same as a picture]({picture})"] * picture.exists()
+    return "\n\n".join(parts)
 
 
 def report():
-    """Writes RESULTS.md from the measurements in assets/. Both are in the current folder."""
-    assets, on_gpu = Path("assets"), False
-    runs = [read_json(file) for file in sorted(assets.glob("results_seed*.json"))]
-    if not runs:
-        raise InputError("there is no assets/results_seed0.json: run this in the folder of the project")
-    losses = {"before": runs[0]["S1.1"]["text loss before"], "after": runs[0]["S1.2"]["text loss after"]}
-    parts = ["## Held-out accuracy of the tiny model", ACCURACY_PROSE.format(**runs[0], **losses),
-             table([{"task": task,
-                     **{f"seed {run['seed']}": f"{run['tasks'][task]['accuracy']:.0%}" for run in runs},
-                     "blank image (seed 0)": f"{row['blank']:.0%}", "chance": f"{row['chance']:.0%}"}
-                    for task, row in runs[0]["tasks"].items()])]
-    for title, name, prose, tables in (("Training steps", "train", TRAIN_PROSE, train_tables),
-                                       ("Inference", "infer", INFER_PROSE, infer_tables),
-                                       ("The kernel", "kernels", KERNELS_PROSE, kernels_tables),
-                                       ("Reading pictures", "data", DATA_PROSE, data_tables)):
-        files = sorted(assets.glob(f"bench_{name}_*.json"))
-        parts += [f"## {title}", prose] * bool(files)
-        for file in files:
-            result, picture = read_json(file), file.with_suffix(".png")
-            on_gpu |= result["device"] == "cuda"
-            made_by = "`{command}` on {hardware}, torch {torch}, {clock}. ".format(**result)
-            parts += [f"### `{file}`", made_by + tables(result)]
-            parts += [f"![{title}]({picture})"] * picture.exists()
-    for file in sorted(assets.glob("moe_kernel_*.json")):
-        on_gpu, chosen = True, read_json(file)
-        parts += [f"### `{file}`", "`python moe_kernel.py` on {device}, torch {torch}. ".format(**chosen)
-                  + CHOSEN_PROSE, chosen_table(chosen["microseconds"])]
-    ablations = read_json(assets / "ablation.json")
-    parts += ["## Ablations", ABLATION_PROSE.format(**ablations), ablation_table(ablations)]
-    head = ["# Results", "`python bench.py report` makes all these tables of the files in `assets/`."]
-    head += ["**Nothing has been measured on a GPU yet.**"] * (not on_gpu)
-    text = "\n\n".join(part.strip() for part in head + parts) + "\n"
+    """Writes RESULTS.md: assets/results.md with the tables of the measurements in assets/. Both folders are
+    in the current one."""
+    if not Path("assets/results.md").exists():
+        raise InputError("there is no assets/results.md: run this in the folder of the project")
+    runs = [read_json(f"assets/results_seed{seed}.json") for seed in (0, 1)]
+    ablations, timed = read_json("assets/ablation.json"), "`{command}` on {hardware}, torch {torch}, {clock}."
+    values = {
+        "torch": runs[0]["torch"], "seconds": f"{runs[0]['seconds']:.0f}",
+        "before": f"{runs[0]['S1.1']['text loss before']:.6f}",
+        "after": f"{runs[0]['S1.2']['text loss after']:.6f}",
+        "accuracy": table([{
+            "task": task, **{f"seed {run['seed']}": f"{run['tasks'][task]['accuracy']:.0%}" for run in runs},
+            "blank image (seed 0)": f"{row['blank']:.0%}", "chance": f"{row['chance']:.0%}"}
+            for task, row in runs[0]["tasks"].items()]),
+        "ablation_torch": ablations["torch"], "ablation": ablation_table(ablations),
+        "train": tables_of("bench_train_*.json", timed, train_tables),
+        "infer": tables_of("bench_infer_*.json", timed, infer_tables),
+        "kernels": tables_of("bench_kernels_*.json", timed, kernels_tables),
+        "data": tables_of("bench_data_*.json", timed, data_tables),
+        "chosen": tables_of("moe_kernel_*.json", "`python moe_kernel.py` on {device}, torch {torch}.",
+                            lambda result: chosen_table(result["microseconds"])),
+        "resources": tables_of("kernel_resources*.json", "`{command}`, nvcc {nvcc}.", resources_table)}
+    text = Template(Path("assets/results.md").read_text(encoding="utf-8")).substitute(values)
     Path("RESULTS.md").write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- main
 
-COMMANDS = {"kernels": (KernelsFlags, kernels), "infer": (InferFlags, infer), "train": (TrainFlags, train),
-            "data": (DataFlags, read_photos), "ablation": (AblationFlags, run_ablation)}
+COMMANDS = {"kernels": (KernelsFlags, kernels), "resources": (ResourcesFlags, resources),
+            "infer": (InferFlags, infer), "train": (TrainFlags, train), "data": (DataFlags, read_photos)}
 
 
 def main(argv: list[str] | None = None) -> int:

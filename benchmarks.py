@@ -209,11 +209,33 @@ def judged(row: dict, said: str) -> float | None:
     return None if row.get("score") is None else float(row["score"])
 
 
+def boxes(text: str) -> list[list[float]]:
+    """All [x1, y1, x2, y2] in a text. What is no box of four numbers is left out."""
+    number = r"\s*(\d+(?:\.\d+)?)\s*"
+    return [list(map(float, box)) for box in re.findall(rf"\[{','.join([number] * 4)}\]", text)]
+
+
+def same_boxes(answer: str, said: str) -> bool:
+    """Whether each box of the one text has its like in the other: an intersection over union of at least 0.5,
+    as RefCOCO counts. An answer without a readable box is never met."""
+    def alike(a, b):
+        overlap = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+        union = sum((right - left) * (bottom - top) for left, top, right, bottom in (a, b)) - overlap
+        return overlap >= 0.5 * union > 0
+
+    wanted, found = boxes(answer), boxes(said)
+    return bool(wanted) and (all(any(alike(a, b) for b in found) for a in wanted)
+                             and all(any(alike(a, b) for a in wanted) for b in found))
+
+
 def own_question(row: dict, said: str) -> float | None:
-    """With options, the answer is a letter, or the text of an option."""
-    choices = options(row)
-    letters = {text: key for key, text in choices.items()} | dict(zip(choices, choices, strict=True))
-    return choice({**row, "answer": letters.get(row["answer"])}, said) if choices else exact(row, said)
+    """With options, the answer is a letter, or the text of an option. Else what was said must be the answer,
+    or name the same boxes, if the answer has a <box>."""
+    if choices := options(row):
+        letters = {text: key for key, text in choices.items()} | dict(zip(choices, choices, strict=True))
+        return choice({**row, "answer": letters.get(row["answer"])}, said)
+    named = [answer for answer in answers(row) if "<box>" in answer]
+    return float(exact(row, said) or any(same_boxes(answer, said) for answer in named))
 
 
 # ---------------------------------------------------------------- from the scores of rows to a number
@@ -297,7 +319,7 @@ PLAIN, LINE, SPACE = "{question}", "{question}\n" + SHORT, "{question} " + SHORT
 YES_NO, OPTIONS = "{question} Please answer yes or no. " + SHORT, "{question}, options and an instruction"
 VAL, SECRET = "the papers' scores are on test", "the answers are secret: upload the file"
 RULE, GPT = "extracted by rule: not comparable with the paper", "a GPT scores the answers: --judged FILE"
-NEITHER, LETTERS = "in neither paper", "your own questions: exact match, or letters"
+NEITHER, LETTERS = "in neither paper", "your own questions: exact match, letters, boxes"
 # The files of MMMU and GQA are others since 2024-12. AI2D_TEST has masked letters, as the papers' has.
 BENCHMARKS = {file: Benchmark(*columns) for file, *columns in (
     # file                  split       tiles prompt   metric         total   tokens   2B 1.5-2B note
@@ -332,13 +354,14 @@ NEEDED_COLUMNS = {circular: ("index",), mme: ("category", "image_path"), hallusi
 # ---------------------------------------------------------------- what evaluate.py calls
 
 def pictures(row: dict) -> list[str]:
-    """The base64 texts, or the file names, of a row's pictures."""
-    return as_list(str(row.get("image") or row.get("image_path") or ""))
+    """The base64 texts, or the file names, of a row's pictures, [] if both columns are empty."""
+    named = str(row.get("image") or row.get("image_path") or "")
+    return as_list(named) if named else []
 
 
 def prompt(benchmark: str, row: dict, plain: bool = False) -> str:
     """The user turn with its <image> marks. benchmark: the TSV file's name without .tsv; any other is a file
-    of your own questions. plain: the bare question.
+    of your own questions, and without a picture is asked as text alone. plain: the bare question.
 
     [I] asks TextVQA, GQA, ChartQA, DocVQA and InfoVQA with a blank instead of the new line, strips options,
     and asks MMMU's open questions like TextVQA. [K] since 2024-12 ends with no <Image-1><Image-2>."""
@@ -358,7 +381,7 @@ def prompt(benchmark: str, row: dict, plain: bool = False) -> str:
         else:
             text += "\n请直接回答问题。" if chinese else "\nAnswer the question directly."
     numbers = range(1, len(pictures(row)) + 1)
-    if len(numbers) == 1:
+    if len(numbers) == 1 or not numbers and benchmark in BENCHMARKS:
         return "<image>\n" + text
     marks = "".join(f"Image-{i}: <image>\n" for i in numbers)
     return marks + text + "".join(f"<Image-{i}>" for i in numbers)
@@ -381,13 +404,15 @@ def scored_rows(benchmark: str, rows: list[dict]) -> list[bool]:
 
 def aggregate(benchmark: str, rows: list[dict], predictions: list[str | None]) -> dict:
     """{"score": as the papers print it; "n": of how many questions; "open": how many of them [K] would ask a
-    GPT about; "at_most": the score if it found them all right; "parts": {split or category: its score}}. Of
-    the circular benchmarks, a question is all of its rows, right or wrong together."""
+    GPT about; "at_most": the score if it found them all right; "parts": {split or category: its score},
+    "part_rows": {the same: how many rows}}. Of the circular benchmarks, a question is all of its rows, right
+    or wrong together."""
     total = BENCHMARKS.get(benchmark, OWN).total
     rows = [{**row, "prediction": said} for row, said in zip(rows, predictions, strict=True)]
     rows = [row for row, counts in zip(rows, scored_rows(benchmark, rows), strict=True) if counts]
     scores = [score(benchmark, row, row["prediction"]) for row in rows]
-    result = {"n": len(rows), "open": scores.count(None), **total(rows, scores), "parts": {}}
+    result = {"n": len(rows), "open": scores.count(None), **total(rows, scores), "parts": {},
+              "part_rows": {}}
     result["at_most"] = total(rows, [1.0 if s is None else s for s in scores])["score"]
     for column in ("split", "l2-category", "category", "task", "skills"):
         members = defaultdict(list)                # POPE and MMVet separate several names by a comma
@@ -398,6 +423,7 @@ def aggregate(benchmark: str, rows: list[dict], predictions: list[str | None]) -
         for name in sorted(members):
             part = [{**rows[i], column: name} for i in members[name]]
             result["parts"][name] = total(part, [scores[i] for i in members[name]])["score"]
+            result["part_rows"][name] = len(part)
     return result
 
 
@@ -405,14 +431,15 @@ def aggregate(benchmark: str, rows: list[dict], predictions: list[str | None]) -
 
 class Tsv:
     """A benchmark's TSV file, read in one pass. rows[i] has the texts of a row. Its pictures stay in the
-    file, where `read` finds them again. Rows without a picture are left out, as in [K], but not of your own
-    questions. Raises InputError if the file is damaged or lacks a column that this benchmark needs."""
+    file, where `read` finds them again. Rows without a picture are left out, as in [K]; of your own
+    questions, they are text alone. Raises InputError if the file is damaged or lacks a column that this
+    benchmark needs."""
 
     def __init__(self, path: Path, benchmark: str):
         csv.field_size_limit(2 ** 31 - 1)          # a picture is one field of the file
         self.path, self.rows, self.by_index, self.left_out = path, [], {}, 0
         self.offsets, self.checksums = [], []      # of each row: where it begins, CRC-32
-        b, records = BENCHMARKS.get(benchmark, OWN), self.records(0)
+        b, records, self.own = BENCHMARKS.get(benchmark, OWN), self.records(0), benchmark not in BENCHMARKS
         self.columns = [name.removeprefix("\ufeff") for name in next(records, (0, []))[1]]
         wanted = {"question", *NEEDED_COLUMNS.get(b.total, ()), *NEEDED_COLUMNS.get(b.metric, ())}
         wanted |= set() if b.note == SECRET else {"answer"}
@@ -426,7 +453,7 @@ class Tsv:
             if b.total is circular and not row["index"].isdecimal():
                 raise InputError(f"{path}: an index is {row['index']!r:.40}, expected a number")
             seen = row.pop("image", None if "image" in self.columns else row.get("image_path"))
-            if not seen and b is not OWN:
+            if not seen and not self.own:
                 self.left_out += 1
                 continue
             self.by_index[row["index"]] = len(self.rows)
@@ -463,7 +490,7 @@ class Tsv:
     def read(self, i: int) -> tuple[dict, list]:
         """(row i with its image column, its pictures: open files or paths)."""
         row = self.as_row(next(self.records(self.offsets[i]))[1])
-        if "question" not in row or not any(pictures(row)):
+        if "question" not in row or not any(pictures(row)) and not self.own:
             raise InputError(f"it has no {'picture' if 'question' in row else 'question'}")
         if "image" not in row:
             return row, [self.path.parent / name for name in pictures(row)]

@@ -40,6 +40,12 @@ def unreadable(file: str | Path, error: str) -> InputError:
     return InputError(f"{readable(file)} {error}")
 
 
+def table(lines: list[dict]) -> str:
+    """Markdown. Each line maps the titles of the columns to what stands there."""
+    rows = [lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
 def read_json(path: str | Path, if_missing: str = "") -> dict:
     """The JSON object in a file. Raises InputError for all else; if_missing: added if there is no file."""
     try:
@@ -84,7 +90,7 @@ def parse_flags(flags: type, argv: Sequence[str] | None = None, description: str
                    "default": f.default if f.default_factory is MISSING else f.default_factory(),
                    "required": f.default is f.default_factory is MISSING}
         kind = hints[f.name]
-        if kind is bool:
+        if bool in (kind, *typing.get_args(kind)):                         # bool, or bool | None
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
             options |= {"type": typing.get_args(kind)[0], "nargs": "+", "action": "extend"}

@@ -8,25 +8,23 @@
 // the kernel runs as ordinary C++. A fiber runs until the kernel has to wait for other threads: at
 // __syncthreads, or at an instruction that a warp or a warpgroup executes together (ldmatrix, mma, wgmma).
 // Then the next fiber runs. The blocks run one after another. Atomics, races between blocks and TMA are not
-// modelled. The model is strict in the following ways, so that tests find mistakes:
-//   - Shared memory is filled with NaN when a block starts. If a kernel reads memory that no thread wrote,
-//     the result is NaN.
+// modelled. The model is strict, so that tests find mistakes. A GPU may do all that variables select here:
+//   - Shared memory is NaN when a block starts, so a read of what no thread wrote shows in the result.
 //   - cp.async copies nothing until the thread waits for it, so a missing wait leaves NaN in the result too.
 //     With CUDA_ON_CPU_EAGER=1 in the environment it copies at once, and a copy that is issued too early
 //     overwrites what others still need. wgmma does the opposite: with CUDA_ON_CPU_EAGER=1 it multiplies only
-//     when it is waited for, otherwise at once. A GPU may do either.
+//     when it is waited for, otherwise at once.
 //   - wgmma sees NaN where the thread whose copy has arrived has not executed fence.proxy.async.
 //   - Each thread runs as far as it can before the next one starts, so a missing __syncthreads shows up. Some
-//     show up only in the reverse order, which CUDA_ON_CPU_REVERSE=1 in the environment selects. A GPU may
-//     choose either order.
+//     show up only in the reverse order, which CUDA_ON_CPU_REVERSE=1 selects.
 //   - The program aborts if threads of a warp wait at different places, or if a barrier is not reached by all
 //     threads of the block; if a 16-byte access to shared memory is misaligned; and if the rows that ldmatrix
 //     reads together lie in the same banks.
-//   - A launch with more than 48 KB of shared memory fails unless cudaFuncSetAttribute has allowed it.
+//   - A launch with more than 48 KB of shared memory fails unless cudaFuncSetAttribute has allowed it, which
+//     gives at most 227 KB, or what CUDA_ON_CPU_SHARED_KB says.
 //   - Shared memory and stacks are ordinary memory, which -fsanitize=address,undefined checks.
-// The stack switch is written in assembly for x86-64. On other CPUs, or with -DCUDA_ON_CPU_UCONTEXT, POSIX
-// ucontext does it, more slowly.
 #pragma once
+#undef _FORTIFY_SOURCE  // whose longjmp refuses to change to another stack
 #include <cstdint>
 
 #ifdef __CUDACC__  // ---------------------------------------------------------------- a real GPU
@@ -125,6 +123,7 @@ WGMMAS(__half, "f16")
 #else  // ---------------------------------------------------------------- the model
 #include <algorithm>
 #include <cmath>
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -132,16 +131,14 @@ WGMMAS(__half, "f16")
 #include <map>
 #include <mutex>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <utility>
 #include <vector>
-#if !defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
-#define CUDA_ON_CPU_UCONTEXT
-#endif
-#ifdef CUDA_ON_CPU_UCONTEXT
-#include <ucontext.h>
-#endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #endif
 
 // The keywords of CUDA C++ and the runtime functions that moe_kernel.cu uses.
@@ -158,7 +155,6 @@ WGMMAS(__half, "f16")
 #define threadIdx (cuda_on_cpu::gpu.running->index)
 #define blockIdx (cuda_on_cpu::gpu.block)
 #define blockDim (cuda_on_cpu::gpu.block_size)
-#define gridDim (cuda_on_cpu::gpu.grid_size)
 
 struct dim3 {
     unsigned x, y, z;
@@ -169,26 +165,16 @@ using std::min;
 typedef int cudaError_t;
 typedef void* cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-namespace cuda_on_cpu {
-static std::map<void*, int> max_shared_bytes;  // of kernels that may use more than 48 KB
-static cudaError_t last_error = cudaSuccess;
-}
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrComputeCapabilityMajor };
-template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
-    if (bytes > 227 << 10) return cudaErrorInvalidValue;  // the limit on sm_90
-    return cuda_on_cpu::max_shared_bytes[(void*)kernel] = bytes, cudaSuccess;
-}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 9, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
-inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 
 // 16-bit floats are stored as bits. Conversions round to the nearest value, ties to even, as on a GPU.
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { uint16_t bits; };
 template <class To, class From> To bit_cast(From from) {
-    static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
     To to;
     memcpy(&to, &from, sizeof to);
     return to;
@@ -217,204 +203,167 @@ inline float to_float32(__half h) { return __half2float(h); }
 
 namespace cuda_on_cpu {
 
-// The context of a fiber (or of the scheduler), and the switch from one to another.
-#ifdef CUDA_ON_CPU_UCONTEXT
-typedef ucontext_t Context;
-inline void switch_stack(Context& from, Context& to) { swapcontext(&from, &to); }
-inline void prepare_stack(Context& c, char* stack, size_t size, void (*entry)()) {
-    getcontext(&c);
-    c.uc_stack.ss_sp = stack;
-    c.uc_stack.ss_size = size;
-    c.uc_link = nullptr;
-    makecontext(&c, entry, 0);
-}
-#else
-typedef void* Context;  // the stack pointer; callee-saved registers are pushed on the stack itself
-__attribute__((naked, noinline)) inline void switch_stack(Context& /*from: rdi*/, Context& /*to: rsi*/) {
-    asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n"
-        "movq %rsp, (%rdi); movq (%rsi), %rsp\n"
-        "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
-}
-inline void prepare_stack(Context& c, char* stack, size_t size, void (*entry)()) {
-    void** top = reinterpret_cast<void**>(stack + size);
-    *--top = nullptr;  // entry's return address: it never returns, but the ABI needs this alignment
-    *--top = reinterpret_cast<void*>(entry);
-    for (int i = 0; i < 6; i++) *--top = nullptr;  // the six registers that switch_stack pops
-    c = top;
-}
-#endif
-
 template <class... Args> [[noreturn]] void fail(const char* format, Args... args) {
     fprintf(stderr, format, args...);
     abort();
 }
 
-struct Copy {                                            // one cp.async
+struct Copy {  // one cp.async
     void* to;
     const void* from;
     int bytes;
-    void execute() const;
 };
-struct Product {                                         // one wgmma of a warpgroup
-    uint64_t a, b;                                       // the descriptors
-    float* sums[128];                                    // of each thread
+struct Product {       // one wgmma of a warpgroup
+    uint64_t a, b;     // the descriptors
+    float* sums[128];  // of each thread
     void (*execute)(const Product&);
 };
 struct Thread;
-// Where a thread can wait. An instruction of a warp is executed once all lanes of the warp have reached it.
-// At the start, at the end and at a barrier there is nothing to execute.
+// Where a thread can wait. The instruction is executed once so many threads have reached it: those of a warp,
+// of a warpgroup, or of the whole block.
 struct Instruction {
     const char* name;
-    void (*execute)(Thread* lanes);
-    int threads;  // how many execute it together: 32 or 128
+    int threads;
+    void (*execute)(Thread* threads);
 };
-static const Instruction start{"start", nullptr, 0}, finished{"the end", nullptr, 0};
-static const Instruction barrier{"__syncthreads", nullptr, 0};
+constexpr int WARP = 32, WARPGROUP = 128, BLOCK = 1024;  // a block has at most so many threads
+static const Instruction start{"the start", 0, nullptr}, finished{"the end", 0, nullptr};
+static const Instruction barrier{"__syncthreads", BLOCK, [](Thread*) {}};
 
 struct Thread {
     dim3 index;
-    const Instruction* at;                  // where it waits
-    int line = 0;                           // the source line where it waits
-    void* operands[3];                      // of a warp instruction: addresses on stacks or in shared memory
-    std::vector<std::vector<Copy>> copies;  // the pending groups of cp.async; the last one is still open
-    std::vector<size_t> unfenced;           // where its copies arrived since its last fence.proxy.async
+    const Instruction* at;                       // where it waits
+    int line = 0;                                // the source line where it waits
+    const void* operands[3];                     // addresses on stacks or in shared memory
+    std::vector<std::vector<Copy>> copies;       // the pending groups of cp.async; the last one is still open
+    std::vector<size_t> unfenced;                // where its copies arrived since its last fence.proxy.async
     std::vector<std::vector<Product>> products;  // in the first thread of a warpgroup: the groups of wgmma
     bool registers_fenced = false;
-    char* stack;
-    Context context;
-    void* fake_stack = nullptr;             // belongs to ASan
+    char* stack = nullptr;
+    jmp_buf registers;                           // while it does not run
+    void* fake_stack = nullptr;                  // belongs to ASan
 };
 
 struct Gpu {
-    std::vector<Thread> threads;
+    Thread threads[BLOCK];
     Thread* running = nullptr;
-    dim3 block, block_size, grid_size;
-    bool eager = false;                     // copies happen at once and products late, or else the other way
+    dim3 block, block_size;
+    bool reverse = false, eager = false;    // as the environment says
     unsigned char* shared = nullptr;
     std::vector<bool> visible;              // per 16 bytes of shared memory: to wgmma
     std::function<void()> kernel;
-    Context scheduler;
+    jmp_buf scheduler;                      // its registers while a thread runs
     void* scheduler_fake_stack = nullptr;
     const void* scheduler_stack = nullptr;
     size_t scheduler_stack_size = 0;
 };
+static std::map<void*, int> max_shared_bytes;  // of kernels that may use more than 48 KB
+static cudaError_t last_error = cudaSuccess;
 static Gpu gpu;  // static, so that two libraries built with this header have one each
 static std::mutex one_launch_at_a_time;
 constexpr size_t STACK_BYTES = 256 << 10;
 
-// ASan must be told about every switch. Otherwise it takes the other stack for an overflow of this one.
-inline void leave_thread(bool for_good) {
+// A fiber leaves by _setjmp, which keeps its registers, and goes on by _longjmp, which loads them. It lives
+// for ever and runs one thread after the other. ASan must be told about every switch. Otherwise it takes the
+// other stack for an overflow of this one.
+inline void leave_thread() {
     Thread& t = *gpu.running;
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &t.fake_stack, gpu.scheduler_stack,
-                                   gpu.scheduler_stack_size);
-#else
-    (void)for_good;
-#endif
-    switch_stack(t.context, gpu.scheduler);
-#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&t.fake_stack, gpu.scheduler_stack, gpu.scheduler_stack_size);
+    if (!_setjmp(t.registers)) _longjmp(gpu.scheduler, 1);
     __sanitizer_finish_switch_fiber(t.fake_stack, &gpu.scheduler_stack, &gpu.scheduler_stack_size);
-#endif
+}
+inline void fiber() {
+    __sanitizer_finish_switch_fiber(nullptr, &gpu.scheduler_stack, &gpu.scheduler_stack_size);
+    for (;;) {
+        gpu.kernel();
+        gpu.running->at = &finished;
+        leave_thread();
+    }
 }
 inline void run_thread(Thread& t) {
     gpu.running = &t;
-#ifdef __SANITIZE_ADDRESS__
+    const bool is_new = t.stack == nullptr;
+    if (is_new)
+        t.stack = static_cast<char*>(
+            mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (t.stack == MAP_FAILED) fail("cuda_on_cpu: no memory for a stack\n");
     __sanitizer_start_switch_fiber(&gpu.scheduler_fake_stack, t.stack, STACK_BYTES);
-#endif
-    switch_stack(gpu.scheduler, t.context);
-#ifdef __SANITIZE_ADDRESS__
+    if (!_setjmp(gpu.scheduler)) {
+        if (!is_new) _longjmp(t.registers, 1);
+        ucontext_t context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = t.stack;
+        context.uc_stack.ss_size = STACK_BYTES;
+        makecontext(&context, fiber, 0);
+        setcontext(&context);
+    }
     __sanitizer_finish_switch_fiber(gpu.scheduler_fake_stack, nullptr, nullptr);
-#endif
 }
-inline void thread_main() {
-#ifdef __SANITIZE_ADDRESS__
-    __sanitizer_finish_switch_fiber(nullptr, &gpu.scheduler_stack, &gpu.scheduler_stack_size);
-#endif
-    gpu.kernel();
-    gpu.running->at = &finished;
-    leave_thread(true);
-}
-inline void wait_at(const Instruction& instruction, int line) {
-    gpu.running->at = &instruction;
-    gpu.running->line = line;
-    leave_thread(false);
+inline void wait_at(const Instruction& instruction, int line, const void* a = nullptr,
+                    const void* b = nullptr, const void* c = nullptr) {
+    Thread& t = *gpu.running;
+    t.at = &instruction, t.line = line;
+    t.operands[0] = a, t.operands[1] = b, t.operands[2] = c;
+    leave_thread();
 }
 
 // Aborts unless all of these threads wait at the same place. Anything else is undefined behaviour on a GPU.
-inline void check_together(const Thread* threads, int n, const char* group) {
+inline void check_together(const Thread* threads, int n) {
     for (int i = 1; i < n; i++) {
         const Thread &a = threads[0], &b = threads[i];
         if (a.at == b.at && (a.line == b.line || a.at == &finished)) continue;
-        fail("cuda_on_cpu: threads of one %s diverge in block (%u, %u, %u): thread %d is at %s (line %d), "
-             "thread %d at %s (line %d)\n", group, gpu.block.x, gpu.block.y, gpu.block.z,
-             int(&a - gpu.threads.data()), a.at->name, a.line, int(&b - gpu.threads.data()), b.at->name, b.line);
+        fail("cuda_on_cpu: threads diverge in block (%u, %u, %u): thread %d is at %s (line %d), thread %d at %s "
+             "(line %d)\n", gpu.block.x, gpu.block.y, gpu.block.z, int(&a - gpu.threads), a.at->name,
+             a.line, int(&b - gpu.threads), b.at->name, b.line);
     }
 }
-// Runs n threads, which are a warp or a warpgroup, until all of them wait for others or have ended.
-inline void run_together(Thread* threads, int n, int group, bool reverse) {
+// Runs the threads of a warp, a warpgroup or the block until they wait for more threads or have ended.
+inline void run_together(Thread* threads, int n, int group) {
+    const int part = group == BLOCK ? WARPGROUP : group == WARPGROUP ? WARP : 1, parts = (n + part - 1) / part;
     for (;;) {
-        for (int i = 0, part = group == 32 ? 1 : 32, parts = (n + part - 1) / part; i < parts; i++) {
-            const int first = (reverse ? parts - 1 - i : i) * part;
-            if (group == 32) run_thread(threads[first]);
-            else run_together(threads + first, std::min(n - first, 32), 32, reverse);
+        for (int i = 0; i < parts; i++) {
+            const int first = (gpu.reverse ? parts - 1 - i : i) * part;
+            if (part == 1) run_thread(threads[first]);
+            else run_together(threads + first, std::min(n - first, part), part);
         }
-        check_together(threads, n, group == 32 ? "warp" : "warpgroup");
+        check_together(threads, n);
         if (threads->at->threads != group) return;
-        if (n != group) fail("cuda_on_cpu: %s by %d threads, not %d\n", threads->at->name, n, group);
+        if (n != group && group != BLOCK)
+            fail("cuda_on_cpu: %s by %d threads, not %d\n", threads->at->name, n, group);
         threads->at->execute(threads);
     }
 }
-inline void run_block(int n, bool reverse) {
-    for (int i = 0; i < n; i++) {
-        Thread& t = gpu.threads[i];
-        const dim3& size = gpu.block_size;
-        t.index = dim3(i % size.x, i / size.x % size.y, i / (size.x * size.y));
-        t.at = &start;
-        t.copies.assign(1, {});
-        t.products.assign(1, {});
-        t.unfenced.clear();
-        t.registers_fenced = false;
-        prepare_stack(t.context, t.stack, STACK_BYTES, thread_main);
-    }
-    do {
-        for (int w = 0, warpgroups = (n + 127) / 128; w < warpgroups; w++) {
-            const int first = (reverse ? warpgroups - 1 - w : w) * 128;
-            run_together(&gpu.threads[first], std::min(n - first, 128), 128, reverse);
-        }
-        check_together(gpu.threads.data(), n, "block");
-    } while (gpu.threads[0].at != &finished);
-}
-inline bool is_set(const char* variable) {  // in the environment
+inline int environment(const char* variable, int otherwise) {
     const char* value = getenv(variable);
-    return value && *value == '1';
+    return value ? atoi(value) : otherwise;
 }
 inline void launch(void* function, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
     const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
-    if (shared_bytes > 48 << 10 && int(shared_bytes) > max_shared_bytes[function]) {
+    const int n = block.x * block.y * block.z;
+    if (n > BLOCK || (shared_bytes > 48 << 10 && int(shared_bytes) > max_shared_bytes[function])) {
         last_error = cudaErrorInvalidValue;
         return;
     }
-    const bool reverse = is_set("CUDA_ON_CPU_REVERSE");
-    gpu.eager = is_set("CUDA_ON_CPU_EAGER");
-    const int n = block.x * block.y * block.z;
-    while (int(gpu.threads.size()) < n) {  // later launches reuse the stacks
-        gpu.threads.emplace_back();
-        gpu.threads.back().stack = static_cast<char*>(
-            mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        if (gpu.threads.back().stack == MAP_FAILED) fail("cuda_on_cpu: no memory for a stack\n");
-    }
-    gpu.grid_size = grid;
+    gpu.reverse = environment("CUDA_ON_CPU_REVERSE", 0);
+    gpu.eager = environment("CUDA_ON_CPU_EAGER", 0);
     gpu.block_size = block;
     gpu.kernel = std::move(kernel);
     gpu.shared = static_cast<unsigned char*>(aligned_alloc(1024, (shared_bytes / 1024 + 1) * 1024));
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
-                gpu.block = dim3(x, y, z);
-                memset(gpu.shared, 0xff, shared_bytes);  // NaN in every float format
-                gpu.visible.assign(shared_bytes / 16 + 1, true);
-                run_block(n, reverse);
-            }
+    for (unsigned b = 0; b < grid.x * grid.y * grid.z; b++) {
+        gpu.block = dim3(b % grid.x, b / grid.x % grid.y, b / (grid.x * grid.y));
+        memset(gpu.shared, 0xff, shared_bytes);  // NaN in every float format
+        gpu.visible.assign(shared_bytes / 16 + 1, true);
+        for (int i = 0; i < n; i++) {
+            Thread& t = gpu.threads[i];
+            t.index = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
+            t.at = &start;
+            t.copies.assign(1, {});
+            t.products.assign(1, {});
+            t.unfenced.clear();
+            t.registers_fenced = false;
+        }
+        run_together(gpu.threads, n, BLOCK);
+    }
     free(gpu.shared);
 }
 
@@ -430,11 +379,11 @@ inline size_t shared_offset(const void* address) {
     return offset;
 }
 
-inline void Copy::execute() const {
-    memcpy(to, from, bytes);
-    memset(static_cast<char*>(to) + bytes, 0, 16 - bytes);
-    gpu.running->unfenced.push_back(shared_offset(to) / 16);
-    gpu.visible.at(shared_offset(to) / 16) = false;
+inline void execute_copy(const Copy& copy) {
+    memcpy(copy.to, copy.from, copy.bytes);
+    memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
+    gpu.running->unfenced.push_back(shared_offset(copy.to) / 16);
+    gpu.visible.at(gpu.running->unfenced.back()) = false;
 }
 
 // Both instructions distribute matrices over the lanes as described at ldmatrix_x4 and MMA above.
@@ -446,14 +395,13 @@ inline void execute_ldmatrix(Thread* lanes) {
     }
     for (int l = 0; l < 32; l++)
         for (int i = 0; i < 4; i++)
-            memcpy(static_cast<uint32_t*>(lanes[l].operands[0]) + i,
-                   static_cast<char*>(lanes[i * 8 + l / 4].operands[1]) + l % 4 * 4, 4);
+            memcpy((uint32_t*)lanes[l].operands[0] + i,
+                   (const char*)lanes[i * 8 + l / 4].operands[1] + l % 4 * 4, 4);
 }
 template <class T> void execute_mma(Thread* lanes) {
     float A[16][16], B[16][8], C[16][8] = {};
     for (int l = 0; l < 32; l++) {
-        const uint32_t* a = static_cast<uint32_t*>(lanes[l].operands[1]);
-        const uint32_t* b = static_cast<uint32_t*>(lanes[l].operands[2]);
+        const auto a = (const uint32_t*)lanes[l].operands[1], b = (const uint32_t*)lanes[l].operands[2];
         for (int i = 0; i < 2; i++) {
             const int m = l / 4, n = l / 4, k = l % 4 * 2 + i;
             A[m][k] = element<T>(a[0], i), A[m + 8][k] = element<T>(a[1], i);
@@ -466,10 +414,10 @@ template <class T> void execute_mma(Thread* lanes) {
             for (int j = 0; j < 8; j++) C[i][j] += A[i][k] * B[k][j];
     for (int l = 0; l < 32; l++)
         for (int i = 0; i < 4; i++)
-            static_cast<float*>(lanes[l].operands[0])[i] += C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+            ((float*)lanes[l].operands[0])[i] += C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
 }
-static const Instruction ldmatrix{"ldmatrix", execute_ldmatrix, 32};
-template <class T> static const Instruction mma{"mma", execute_mma<T>, 32};
+static const Instruction ldmatrix{"ldmatrix", WARP, execute_ldmatrix};
+template <class T> static const Instruction mma{"mma", WARP, execute_mma<T>};
 
 // wgmma, as the PTX specification describes it. A descriptor holds the address of a matrix divided by 16 in
 // bits 0-13, and the distance between two groups of 8 rows divided by 16 in bits 32-45. Bits 62-63 are 1 for
@@ -497,10 +445,10 @@ template <class T, int N> void execute_product(const Product& p) {
     }
 }
 template <class T, int N> void execute_wgmma(Thread* threads) {
-    uint64_t* const descriptors = static_cast<uint64_t*>(threads->operands[1]);
+    const auto descriptors = (const uint64_t*)threads->operands[1];
     Product product{descriptors[0], descriptors[1], {}, execute_product<T, N>};
-    for (int i = 0; i < 128; i++) {
-        product.sums[i] = static_cast<float*>(threads[i].operands[0]);
+    for (int i = 0; i < WARPGROUP; i++) {
+        product.sums[i] = (float*)threads[i].operands[0];
         if (memcmp(threads[i].operands[1], descriptors, 16)) fail("cuda_on_cpu: descriptors of wgmma differ\n");
         if (!threads[i].registers_fenced) fail("cuda_on_cpu: wgmma without wgmma.fence\n");
     }
@@ -513,37 +461,39 @@ template <int PENDING> void execute_wgmma_wait(Thread* threads) {
         for (const Product& product : groups.front()) product.execute(product);
 }
 inline void execute_wgmma_commit(Thread* threads) { threads->products.emplace_back(); }
-template <class T, int N> static const Instruction wgmma{"wgmma", execute_wgmma<T, N>, 128};
+template <class T, int N> static const Instruction wgmma{"wgmma", WARPGROUP, execute_wgmma<T, N>};
 template <int PENDING>
-static const Instruction wgmma_wait{"wgmma.wait_group", execute_wgmma_wait<PENDING>, 128};
-static const Instruction wgmma_commit{"wgmma.commit_group", execute_wgmma_commit, 128};
+static const Instruction wgmma_wait{"wgmma.wait_group", WARPGROUP, execute_wgmma_wait<PENDING>};
+static const Instruction wgmma_commit{"wgmma.commit_group", WARPGROUP, execute_wgmma_commit};
 }  // namespace cuda_on_cpu
 
+template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
+    const int limit = cuda_on_cpu::environment("CUDA_ON_CPU_SHARED_KB", 227);  // of a block; sm_90 has 227 KB
+    if (bytes > limit << 10) return cudaErrorInvalidValue;
+    return cuda_on_cpu::max_shared_bytes[(void*)kernel] = bytes, cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::wait_at(cuda_on_cpu::barrier, line); }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
-    void** operands = cuda_on_cpu::gpu.running->operands;
-    operands[0] = r, operands[1] = const_cast<void*>(row);
-    cuda_on_cpu::wait_at(cuda_on_cpu::ldmatrix, line);
+    cuda_on_cpu::wait_at(cuda_on_cpu::ldmatrix, line, r, row);
 }
 template <class T>
 void mma_m16n8k16(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                   int line = __builtin_LINE()) {
-    uint32_t b[2] = {b0, b1};
-    void** operands = cuda_on_cpu::gpu.running->operands;
-    operands[0] = c, operands[1] = const_cast<uint32_t*>(a), operands[2] = b;
-    cuda_on_cpu::wait_at(cuda_on_cpu::mma<T>, line);
+    const uint32_t b[2] = {b0, b1};
+    cuda_on_cpu::wait_at(cuda_on_cpu::mma<T>, line, c, a, b);
 }
 inline void cp_async16(void* shared, const void* global, int bytes) {
-    cuda_on_cpu::Copy copy{shared, global, bytes};
+    const cuda_on_cpu::Copy copy{shared, global, bytes};
     cuda_on_cpu::shared_offset(shared);
-    if (cuda_on_cpu::gpu.eager) copy.execute();
+    if (cuda_on_cpu::gpu.eager) cuda_on_cpu::execute_copy(copy);
     else cuda_on_cpu::gpu.running->copies.back().push_back(copy);
 }
 inline void cp_async_commit() { cuda_on_cpu::gpu.running->copies.emplace_back(); }
 template <int PENDING> void cp_async_wait() {
     auto& groups = cuda_on_cpu::gpu.running->copies;
     for (; int(groups.size()) - 1 > PENDING; groups.erase(groups.begin()))  // the last one is still open
-        for (const cuda_on_cpu::Copy& copy : groups.front()) copy.execute();
+        for (const cuda_on_cpu::Copy& copy : groups.front()) cuda_on_cpu::execute_copy(copy);
 }
 inline void fence_proxy_async() {
     for (size_t chunk : cuda_on_cpu::gpu.running->unfenced) cuda_on_cpu::gpu.visible.at(chunk) = true;
@@ -560,10 +510,8 @@ template <int PENDING> void wgmma_wait(int line = __builtin_LINE()) {
 }
 template <class T, int GROUPS>
 void wgmma(T, float (&c)[GROUPS][4], uint64_t a, uint64_t b, int line = __builtin_LINE()) {
-    uint64_t descriptors[2] = {a, b};
-    void** operands = cuda_on_cpu::gpu.running->operands;
-    operands[0] = c, operands[1] = descriptors;
-    cuda_on_cpu::wait_at(cuda_on_cpu::wgmma<T, GROUPS * 8>, line);
+    const uint64_t descriptors[2] = {a, b};
+    cuda_on_cpu::wait_at(cuda_on_cpu::wgmma<T, GROUPS * 8>, line, c, descriptors);
 }
 #endif
 

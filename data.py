@@ -6,7 +6,6 @@ samples. `config` is a MonoInternVLConfig. Shapes: B rows of a batch, T tokens, 
 Sources as in mono_internvl.py: [repo] is the official code, [ours] our choice.
 """
 import codecs
-import ctypes
 import glob
 import io
 import itertools
@@ -15,7 +14,6 @@ import multiprocessing
 import os
 import random
 import re
-import signal
 import sys
 import tarfile
 import threading
@@ -66,11 +64,10 @@ class Tokenizer:
             raise InputError(f"{self.folder} has no tokenizer.model and no tokenizer.json; one of them "
                              "belongs beside the weights")
         try:
-            known = set(self.bytes)
             more = {token: int(i) for token, i in added.items()}
             more |= {token["content"]: int(i) for i, token in decoder.items()}
             if self.library:                       # it finds its own added tokens in a text by itself
-                more = {token: i for token, i in more.items() if i not in known}
+                more = {token: i for token, i in more.items() if i not in self.bytes}
             self.special_tokens |= more
             self.bytes |= {i: token.encode() for token, i in self.special_tokens.items()}
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
@@ -358,20 +355,34 @@ def tile_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use
     return tiles
 
 
-def load_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use_thumbnail: bool = True,
+def load_tiles(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use_thumbnail: bool = True,
                min_tiles: int = 1, augment: random.Random | None = None,
                max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """The tiles of tile_image as (n_tiles, 3, image_size, image_size) float32, normalised with the mean and
-    deviation of ImageNet. With augment, each tile first goes through JPEG of a quality drawn from 75 to 100
-    [repo: build_transform]. Raises InputError like tile_image."""
+    """The tiles of tile_image as (n_tiles, 3, image_size, image_size) uint8. With augment, each tile first
+    goes through JPEG of a quality drawn from 75 to 100 [repo: build_transform]. Raises InputError like
+    tile_image."""
     tiles = tile_image(image, max_tiles, image_size, use_thumbnail, min_tiles, max_pixels)
     for i, tile in enumerate(tiles if augment else ()):
         tile.save(file := io.BytesIO(), "JPEG", quality=augment.randint(75, 100))
         tiles[i] = open_image(file)
-    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))          # (n, S, S, 3) uint8
-    pixels = pixels.permute(0, 3, 1, 2).contiguous().float() / 255                     # (n, 3, S, S)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels - mean) / std
+    pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))          # (n, S, S, 3)
+    return pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def normalise(tiles: torch.Tensor) -> torch.Tensor:
+    """(n_tiles, 3, S, S) uint8 -> float32 with the mean and deviation of ImageNet, as the model takes it.
+    Files and batches hold uint8, a quarter of the bytes, and it is called where the model is."""
+    # Tensors divide, not numbers: to divide by a number, CUDA multiplies by its reciprocal, which may change
+    # the last bit.
+    constants = torch.tensor([(255.0, 255.0, 255.0), IMAGENET_MEAN, IMAGENET_STD])
+    white, mean, std = constants.to(tiles.device, non_blocking=True)[..., None, None]  # (3, 1, 1) each
+    return tiles.float().div_(white).sub_(mean).div_(std)
+
+
+def load_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, *options,
+               **named_options) -> torch.Tensor:
+    """load_tiles, normalised: (n_tiles, 3, image_size, image_size) float32, what the model takes."""
+    return normalise(load_tiles(image, max_tiles, image_size, *options, **named_options))
 
 
 def paste(canvas: Image.Image, image: Image.Image, left: int, top: int, width: int, height: int,
@@ -400,6 +411,7 @@ def change_lightly(image: ImageFile, rng: random.Random, max_pixels: int = MAX_P
 # Fields like images, image_path, input_image_2, video or pixel_values, but not image_id or image_width.
 PICTURE_FIELD = re.compile("(image|img|picture|photo|screenshot|pixel|video|frame|audio)s?"
                            "((path|file|name|url|uri|list|data|byte|base|b|value|tensor)s?)*$")
+NAMES_AN_IMAGE = re.compile(rb'"image"\s*:\s*\[?\s*"[^"]')
 
 
 class JsonlDataset(Dataset):
@@ -407,19 +419,17 @@ class JsonlDataset(Dataset):
     ["a.jpg", ...], "conversations": [{"from": "human" | "gpt", "value": "...<image>..."}, ...]}, without
     "image" for text alone. `root` is the folder of the images.
 
-    A sample is {"input_ids", "labels": (T,) int64, "pixel_values": (n_tiles, 3, S, S) float32 or None, "id",
-    "task"}. It is read when it is asked for. Memory holds only where each line begins, 16 bytes per line.
+    A sample is {"input_ids", "labels": (T,) int64, "pixel_values": (n_tiles, 3, S, S) uint8 or None, "id",
+    "task"}. It is read when it is asked for; memory holds 16 bytes per line. A bad one then raises InputError
+    with its file and line number, which are also the id of a sample without "id".
 
     repeat_time 2.5 gives every sample twice and a random half of them, by seed, once more [ours: the official
     code takes the first part of the file, and no fractions above 1]. The images of a sample share max_tiles
-    [repo]. A sample of more than max_tokens (default: the model's context) is an error, nothing is cut. With
-    augment, its tiles go through JPEG as in load_image; with vary, its images through change_lightly. (seed,
-    index) decide how, so repeat_time 10 gives ten variants of a picture. A bad sample raises InputError when
-    it is asked for, with its file and line number. A sample without "id" has these as its id. `has_images`
-    tells whether any line names an image.
+    [repo]. A sample of more than max_tokens (default: the model's context) is an error, nothing is cut.
+    augment sends tiles through JPEG as in load_tiles, vary sends images through change_lightly; (seed, index)
+    decide how, so repeat_time 10 gives ten variants of a picture. `has_images`: does any line name an image?
     """
 
-    BLOCK_SIZE = 1 << 20                           # bytes
     has_images = False                             # until find_samples sees one
 
     def __init__(self, annotation: str | Path, root: str | Path, tok: Tokenizer, config,
@@ -430,8 +440,8 @@ class JsonlDataset(Dataset):
         if not os.path.isdir(root):
             raise InputError(f"the image folder {readable(root)} of {name} does not exist")
         self.annotation, self.root, self.tok, self.config = annotation, Path(root).resolve(), tok, config
-        self.seed, self.augment, self.task, self.max_pixels = seed, augment, task, max_pixels
-        self.vary = vary
+        self.seed, self.task, self.max_pixels = seed, task, max_pixels
+        self.augment, self.vary = augment, vary
         self.max_tiles = config.max_dynamic_patch if max_tiles is None else max_tiles
         self.max_tokens = config.context_length if max_tokens is None else max_tokens
         if type(repeat_time) not in (int, float) or not 0 < repeat_time <= 1e6:
@@ -447,13 +457,12 @@ class JsonlDataset(Dataset):
             raise InputError(f"{name} with repeat_time {repeat_time} has no samples")
 
     def find_samples(self) -> np.ndarray:
-        """(n, 2) int64: the line number and the byte offset of each line that is not blank. numpy looks for
-        line ends block by block, so ten million lines take seconds."""
-        locations, lines = [np.empty((0, 2), np.int64)], 0
+        """(n, 2) int64: the line number and the byte offset of each line that is not blank."""
+        locations = array("q")
         try:
             with open(self.annotation, "rb") as f:
-                block_start = 3 if f.read(3) == codecs.BOM_UTF8 else 0
-                f.seek(block_start)
+                offset = 3 if f.read(3) == codecs.BOM_UTF8 else 0
+                f.seek(offset)
                 beginning = f.read(1000)
                 if beginning.startswith(LFS_POINTER):
                     raise ValueError               # `unreadable` says so
@@ -462,20 +471,15 @@ class JsonlDataset(Dataset):
                 if re.match(rb"\s*(\[|{\s*\n)", beginning):
                     raise ValueError("expected JSONL, and it is one JSON document: put each sample on a line "
                                      "of its own, as `jq -c '.[]' FILE` does with an array")
-                f.seek(block_start)
-                while block := f.read(self.BLOCK_SIZE) + f.readline():     # whole lines
-                    self.has_images |= bool(re.search(rb'"image"\s*:\s*\[?\s*"[^"]', block))
-                    characters = np.frombuffer(block, np.uint8)
-                    starts = np.append(0, np.flatnonzero(characters[:-1] == ord("\n")) + 1)
-                    ends = np.append(starts[1:], len(block))
-                    blank = [i for i in np.flatnonzero(characters[starts] <= ord(" "))
-                             if not block[starts[i]:ends[i]].strip()]
-                    numbers = np.arange(lines + 1, lines + 1 + len(starts))
-                    locations.append(np.delete(np.stack([numbers, block_start + starts], 1), blank, 0))
-                    lines, block_start = lines + len(starts), block_start + len(block)
+                f.seek(offset)
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        locations.extend((number, offset))
+                        self.has_images |= bool(NAMES_AN_IMAGE.search(line))
+                    offset += len(line)
         except (OSError, ValueError) as e:         # ValueError: from above, or a null character in the name
             raise unreadable(self.annotation, f"is not readable: {getattr(e, 'strerror', e)}") from None
-        return np.concatenate(locations)
+        return np.array(locations, np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return self.repeated + len(self.extra)
@@ -534,7 +538,7 @@ class JsonlDataset(Dataset):
         if self.vary:
             images = [change_lightly(image, rng, self.max_pixels) for image in images]
         c, share = self.config, max(1, self.max_tiles // max(1, len(images)))
-        tiles = [load_image(image, share, c.image_size, c.use_thumbnail, min(share, c.min_dynamic_patch),
+        tiles = [load_tiles(image, share, c.image_size, c.use_thumbnail, min(share, c.min_dynamic_patch),
                             rng if self.augment else None, self.max_pixels) for image in images]
         input_ids, labels = encode_conversation(self.tok, line.get("conversations"), [len(t) for t in tiles],
                                                 c.tokens_per_tile)
@@ -689,9 +693,9 @@ def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = 
 
 def collate(samples: Sequence[dict], pad_token_id: int = 0, left: bool = False) -> dict:
     """Samples, or rows of `pack`, -> a batch: input_ids and labels (B, T) int64; attention_mask (B, T), 0 at
-    pads, or None without pads, because the model is then faster; pixel_values (n_tiles, 3, S, S) of all rows
-    in order, or None; with packed rows document_ids (B, T), 0 at pads. left: pads come first, as generate
-    needs it."""
+    pads, or None without pads, because the model is then faster; pixel_values (n_tiles, 3, S, S) uint8, all
+    rows' tiles in order, or None; with packed rows document_ids (B, T), 0 at pads. left: pads come first, as
+    generate needs it."""
     def pad(sequences: list[torch.Tensor], value: int) -> torch.Tensor:
         return pad_sequence(sequences, True, value, "left" if left else "right")
 
@@ -763,14 +767,8 @@ def too_many_bad(bad: int, seen: int, size: int, max_bad: float) -> str | None:
 
 
 def end_with_parent(_: int):
-    """Called in each reader process. If the training process is killed, it cannot end its readers itself."""
+    """Called in each reader process. A training process that is killed cannot end its readers itself."""
     parent = multiprocessing.parent_process().pid
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1                       # of linux/prctl.h
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:                 # it died before the call
-            os._exit(1)
-        return
 
     def watch():
         while os.getppid() == parent:

@@ -6,6 +6,13 @@
 
 Benchmarks come as VLMEvalKit's [K] public TSV files; benchmarks.py has their table, prompts and metrics. [K]
 stores each picture as JPEG before it asks about it; here they are read as they are [ours].
+
+Any other TSV file has your own questions: the columns question, answer, image (base64) or image_path, and, if
+you like, options A, B, ... and category. Without a picture, a question is asked as text alone. What the model
+says must be the answer, or name the letter of the right option. If the answer holds a box, as in
+<ref>cup</ref><box>[[x1, y1, x2, y2]]</box>, the model must name a box whose intersection over union with it
+is at least 0.5, as in RefCOCO. The report has the score of each category, too.
+
 In this order: the flags, answers in batches; the world: the probe of text, accuracy per task, descriptions,
 plots; benchmarks: answers that survive a stop, the report; main.
 """
@@ -21,6 +28,8 @@ import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -33,9 +42,10 @@ import benchmarks
 from benchmarks import BENCHMARKS, OWN, Tsv, aggregate, prompt, score  # noqa: F401   (score is for importers)
 from checkpoint import newest_checkpoint
 from common import InputError, flag, parse_flags, rank, read_json, wait_for_all, world_size
-from data import Tokenizer, collate, encode_conversation, load_image, open_image, turns
+from data import IGNORED, Tokenizer, collate, encode_conversation, load_tiles, normalise, open_image, turns
+from icons import Pictures, plain_scene, test_questions
 from mono_internvl import MonoInternVL
-from sample import explain_out_of_memory, load_model
+from sample import answer_batch, explain_out_of_memory, in_batches, load_model
 from world import KINDS, TASKS, World, held_out_questions, is_correct, make_picture
 
 
@@ -45,7 +55,8 @@ class Flags:
     questions: int = flag(100, "held-out questions of the embedded world per task")
     seed: int = flag(0, "another seed asks other questions of the embedded world")
     benchmark: list[str] = flag([], "TSV files of benchmarks, named as in benchmarks.py, or of your own "
-                                "questions: columns image or image_path, question, answer, options A, B, ...")
+                                "questions: columns question, answer, image or image_path, category, "
+                                "options A, B, ...")
     as_: str | None = flag(None, "the benchmark that the one TSV file is, whatever its name", metavar="NAME")
     out: str = flag("out/benchmarks", "folder for answers, the server's files and the report")
     batch_size: int = flag(8, "questions of a benchmark answered at a time")
@@ -62,33 +73,28 @@ class Flags:
 
 
 def make_sample(model: MonoInternVL, tok: Tokenizer, tiles: list[Tensor], text: str) -> dict:
-    """A question with its <image> marks, for collate. tiles: (n_tiles, 3, S, S) for each image."""
+    """A question with its <image> marks, for collate. tiles: (n_tiles, 3, S, S) uint8 for each image."""
     ids, labels = encode_conversation(tok, turns(text), [len(t) for t in tiles], model.config.tokens_per_tile)
     if len(ids) >= model.config.context_length:
         raise InputError(f"{len(ids)} tokens fill the context of {model.config.context_length}")
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": torch.cat(tiles)}
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
+            "pixel_values": torch.cat(tiles) if tiles else None}
 
 
-def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
-                 max_new_tokens: int) -> list[list[int]]:
-    """The tokens of the greedy answers to these questions, in one left-padded batch."""
-    end, device = tok.token_id("<|im_end|>"), model.language_model.output.weight.device
-    batch = collate(samples, tok.pad_id, left=True)
-    del batch["labels"]
-    if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
-        batch["pixel_values"] = batch["pixel_values"].to(device)
-    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=end, prefill_chunk=4096,
-                            num_tokens=len(tok))
-    rows = torch.stack(list(tokens), 1).tolist()
-    return [row[:row.index(end)] if end in row else row for row in rows]
+def greedy_answers(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
+                   max_new_tokens: int) -> list[list[int]]:
+    """The tokens of the answers to these questions, asked in one batch."""
+    answered = answer_batch(model, tok, samples, max_new_tokens=max_new_tokens, prefill_chunk=4096,
+                            eos_token_id=(tok.token_id("<|im_end|>"),))
+    return [ids for ids, _ in answered]
 
 
 # ---------------------------------------------------------------- the embedded world
 
 def answer(model: MonoInternVL, tok: Tokenizer, asked: list[tuple[Tensor, str]]) -> list[str]:
-    """Greedy answers to (pixel_values (n_tiles, 3, S, S), question) pairs, in one batch."""
+    """Greedy answers to (tiles (n_tiles, 3, S, S) uint8, question) pairs, in one batch."""
     samples = [make_sample(model, tok, [pixels], "<image>\n" + question) for pixels, question in asked]
-    return [tok.decode(ids, skip_special_tokens=False) for ids in answer_batch(model, tok, samples, 48)]
+    return [tok.decode(ids, skip_special_tokens=False) for ids in greedy_answers(model, tok, samples, 48)]
 
 
 @torch.inference_mode()
@@ -115,7 +121,7 @@ def delta_verdict(before: MonoInternVL, after: MonoInternVL, trained: set[str], 
 
 
 def blank(image: Image.Image) -> Image.Image:
-    """A grey picture of the same size. Who answers as well about this one did not look."""
+    """A grey picture of the same size. A model that answers as well about this one did not look."""
     return Image.new("RGB", image.size, (64, 64, 64))
 
 
@@ -128,7 +134,7 @@ def world_accuracy(model: MonoInternVL, tok: Tokenizer, n: int, seed: int = 0) -
         questions = held_out_questions(task, n, seed)
         table[task] = {"chance": chance}
         for column, shown in (("accuracy", lambda image: image), ("blank", blank)):
-            pixels = [load_image(shown(picture.image), c.max_dynamic_patch, c.image_size)
+            pixels = [load_tiles(shown(picture.image), c.max_dynamic_patch, c.image_size)
                       for picture, _, _ in questions]
             answers = answer(model, tok, [(x, q) for x, (_, q, _) in zip(pixels, questions, strict=True)])
             right = [is_correct(task, a, truth) for a, (_, _, truth) in zip(answers, questions, strict=True)]
@@ -141,29 +147,31 @@ def world_accuracy(model: MonoInternVL, tok: Tokenizer, n: int, seed: int = 0) -
 
 
 def print_table(table: dict) -> None:
-    print(f"\n{'task':10}{'held-out':>10}{'blank image':>13}{'chance':>8}")
+    width, last = max(map(len, table)), "chance" if "chance" in table[next(iter(table))] else "n"
+    print(f"\n{'task':{width}}{'held-out':>10}{'blank image':>13}{last:>8}")
     for task, row in table.items():
-        print(f"{task:10}{row['accuracy']:10.1%}{row['blank']:13.1%}{row['chance']:8.1%}")
+        print(f"{task:{width}}{row['accuracy']:10.1%}{row['blank']:13.1%}"
+              + (f"{row[last]:8.1%}" if last == "chance" else f"{row[last]:8}"))
 
 
 def described_rightly(model: MonoInternVL, tok: Tokenizer, n: int) -> dict[str, float]:
     """The share of held-out pictures, n of each kind, whose description has no mistake ("right"), and the
     same when the model sees blank pictures instead ("blank")."""
-    def facts(text):                   # in any order, without the words that say nothing
+    def facts(text):                   # parts of a description, in any order, without "a" and "is"
         return {frozenset(re.findall(r"\w+", part)) - {"a", "is"} for part in re.split("[.,]", text)}
 
     c, shares, rng = model.config, {}, random.Random("test")
     pictures = [make_picture(rng, kind, "test") for kind in KINDS for _ in range(n)]
     for column, shown in (("right", lambda image: image), ("blank", blank)):
-        answers = answer(model, tok, [(load_image(shown(picture.image), c.max_dynamic_patch, c.image_size),
+        answers = answer(model, tok, [(load_tiles(shown(picture.image), c.max_dynamic_patch, c.image_size),
                                        "Describe the image.") for picture in pictures])
         pairs = zip(answers, pictures, strict=True)
         shares[column] = sum(facts(a) == facts(picture.text) for a, picture in pairs) / len(pictures)
     return shares
 
 
-def plot_loss(log: Path, path: Path):
-    """The losses of the last run in log.jsonl, with their moving average."""
+def read_losses(log: Path) -> dict[str, list[float]]:
+    """Stage -> the loss of each step, of the last run in log.jsonl."""
     losses = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         event = json.loads(line)
@@ -171,9 +179,14 @@ def plot_loss(log: Path, path: Path):
             losses = {}
         elif "loss" in event:
             losses.setdefault(event["stage"], []).append(event["loss"])
+    return losses
+
+
+def plot_loss(log: Path, path: Path):
+    """The losses of a run, with their moving average."""
     fig = Figure(figsize=(9, 4))
     ax, start = fig.subplots(), 0
-    for stage, values in losses.items():
+    for stage, values in read_losses(log).items():
         smooth = list(itertools.accumulate(values, lambda average, value: 0.95 * average + 0.05 * value))
         steps = range(start, start + len(values))
         line, = ax.plot(steps, smooth, label=stage)
@@ -186,17 +199,152 @@ def plot_loss(log: Path, path: Path):
 
 
 def plot_predictions(examples: list, path) -> None:
-    """Twenty pictures with the question and the answer, green if it is right, else red with the truth."""
-    fig = Figure(figsize=(15, 12))
-    axes = fig.subplots(4, 5)
+    """Twenty pictures with question and answer: green if the answer is right, else red with the right one.
+    Boxes are drawn instead of written, right ones that the model missed dashed."""
+    fig = Figure(figsize=(15, 14))
+    room = {"left": 0.01, "right": 0.99, "bottom": 0.04, "top": 0.93, "hspace": 0.4, "wspace": 0.12}
+    axes = fig.subplots(4, 5, gridspec_kw=room)              # five lines fit above each picture
     for ax, (picture, question, truth, said, is_right) in zip(axes.flat, examples, strict=False):
+        color = "darkgreen" if is_right else "firebrick"
         ax.imshow(picture.image)
-        ax.set_axis_off()
-        lines = (question, said) if is_right else (question, said, "✗ " + truth)
-        ax.set_title("\n".join(textwrap.shorten(line, 42, placeholder="…") for line in lines), fontsize=9,
-                     color="darkgreen" if is_right else "firebrick")
-    fig.tight_layout()
-    fig.savefig(path, dpi=90)
+        ax.set(xticks=[], yticks=[], anchor="S")
+        ax.spines[:].set(color=color, linewidth=4)
+        lines = [question, said] if is_right else [question, said, "right: " + truth]
+        for text, style in zip(lines[1:], ("-", "--"), strict=False):
+            for box in re.findall(r"\[(\d+), (\d+), (\d+), (\d+)\]", text):
+                sides = 2 * picture.image.size
+                x1, y1, x2, y2 = (int(v) * side / 1000 for v, side in zip(box, sides, strict=True))
+                ax.plot((x1, x2, x2, x1, x1), (y1, y1, y2, y2, y1), style, linewidth=3,
+                        color="lime" if is_right else "red")
+        lines = [textwrap.fill(re.sub("<ref>.*", "(box)", line), 36) for line in lines]
+        ax.set_title("\n".join(lines), fontsize=11, color=color)
+    fig.text(0.28, 0.01, "green: the answer is right", color="darkgreen", fontsize=14)
+    fig.text(0.48, 0.01, "red: it is wrong, and the right one follows", color="firebrick", fontsize=14)
+    fig.savefig(path, dpi=180)
+
+
+# ---------------------------------------------------------------- real pictures, a real language model
+
+TEXT_QUESTIONS = (
+    "What is the capital of France?", "Who wrote Romeo and Juliet?", "What is seven times eight?",
+    "Name three mammals.", "Write one sentence about the sea.", "What is photosynthesis?",
+    "How do I boil an egg?", "What color is the sky?", "Explain what a computer is.",
+    "Tell me a short story about a dog.")
+
+
+@torch.inference_mode()
+def documentation_loss(model: MonoInternVL, tok: Tokenizer) -> float:
+    """Loss per token on English text that every Python carries: its own documentation."""
+    texts = [text for text in topics.values() if len(text) > 1500][:32]
+    ids = torch.tensor([tok.encode(text, bos=False)[:256] for text in texts])
+    ids = ids.to(model.language_model.output.weight.device)
+    return torch.cat([model(part, labels=part, reduction="none")[1].float()
+                      for part in ids.split(8)]).mean().item()
+
+
+def ask_icons(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda image: image,
+              max_new_tokens: int = 24) -> list[str]:
+    """Greedy answers to rows of icons.test_questions. show: what the model sees instead of a picture."""
+    c, said = model.config, []
+    for start in range(0, len(rows), 64):
+        samples = []
+        for row in rows[start:start + 64]:
+            shown = [show(row["image"])] if row["image"] else []
+            tiles = [load_tiles(image, c.max_dynamic_patch, c.image_size) for image in shown]
+            samples.append(make_sample(model, tok, tiles, prompt("icons", row) if shown else row["question"]))
+        said += [tok.decode(ids).strip() for ids in greedy_answers(model, tok, samples, max_new_tokens)]
+    return said
+
+
+@torch.inference_mode()
+def likeliest(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda image: image) -> list[str]:
+    """For each row with options: the letter of the option whose text is the likeliest answer to the question.
+    Unlike the letter that a model says, this does not depend on its knowing the format of choices."""
+    c, device, letters = model.config, model.language_model.output.weight.device, []
+    for start in range(0, len(rows), 16):
+        samples = []
+        for row in rows[start:start + 16]:
+            tiles = load_tiles(show(row["image"]), c.max_dynamic_patch, c.image_size)
+            for name in benchmarks.options(row).values():
+                conversation = turns("<image>\n" + row["question"], name)
+                ids, labels = encode_conversation(tok, conversation, [len(tiles)], c.tokens_per_tile)
+                samples.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
+                                "pixel_values": tiles})
+        batch = {k: None if v is None else v.to(device) for k, v in collate(samples, tok.pad_id).items()}
+        batch["pixel_values"] = normalise(batch["pixel_values"])
+        losses = model(**batch, reduction="none")[1].float()
+        of_sample = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
+        sums = iter(torch.zeros(len(samples), device=device).index_add_(0, of_sample, losses).tolist())
+        for row in rows[start:start + 16]:
+            loss_of = {letter: next(sums) for letter in benchmarks.options(row)}
+            letters.append(min(loss_of, key=loss_of.get))
+    return letters
+
+
+def icons_accuracy(model: MonoInternVL, tok: Tokenizer, folder: Path, most: int) -> tuple[dict, list]:
+    """({"FILE" or "FILE: CATEGORY": {"accuracy", "blank", "n"}}, the answers of the file "names" as examples
+    for plot_predictions). FILE: a name of icons.test_questions. most: at most so many questions of a file."""
+    table, examples, rng, files = {}, [], random.Random(0), test_questions(folder)
+    files["choices by likelihood"] = files["choices"]
+    for name, rows in files.items():
+        rows = rng.sample(rows, min(most, len(rows)))
+        for column, show in (("accuracy", lambda image: image), ("blank", blank)):
+            said = (likeliest if "likelihood" in name else ask_icons)(model, tok, rows, show)
+            result = aggregate("icons", rows, said)
+            table.setdefault(name, {"n": len(rows)})[column] = result["score"] / 100
+            for category, value in result["parts"].items():
+                part = table.setdefault(f"{name}: {category}", {
+                    "n": sum(row["category"] == category for row in rows)})
+                part[column] = value / 100
+            if (name, column) == ("names", "accuracy"):
+                examples = [(SimpleNamespace(image=row["image"]), row["question"], row["answer"], text,
+                             score("icons", row, text) == 1) for row, text in zip(rows, said, strict=True)]
+    return table, examples
+
+
+def ask_capitals(model: MonoInternVL, tok: Tokenizer, folder: Path) -> list[dict]:
+    """What the model says about the capitals of countries: asked in text alone, and about a picture of the
+    flag. It was never trained on capitals with pictures."""
+    pictures, capitals = Pictures(folder, "test"), read_json(Path(__file__).with_name("assets")
+                                                             / "capitals.json")
+    flags = [(thing, sources[0]) for thing, sources in pictures.drawings.items()
+             if pictures.things[thing].get("iso") in capitals]
+    rows = [{"image": pictures.draw(plain_scene(source, model.config.image_size)),
+             "country": pictures.name(thing).removeprefix("flag of "),
+             "capital": capitals[pictures.things[thing]["iso"]]} for thing, source in flags]
+    in_text = ask_icons(model, tok, [{"image": None, "question": f"What is the capital of {row['country']}?"}
+                                     for row in rows])
+    seen = ask_icons(model, tok, [row | {"question": "Which country's flag is this? What is its capital?"}
+                                  for row in rows])
+    return [{"country": row["country"], "capital": row["capital"], "in text": text, "seeing the flag": flag}
+            for row, text, flag in zip(rows, in_text, seen, strict=True)]
+
+
+def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: torch.dtype,
+                 most: int) -> dict:
+    """Measures a run of the preset icons: the loss and answers in text after each stage, and what the last
+    stage's model sees. Prints it, and draws RUN/predictions.png. most: see icons_accuracy."""
+    report = {"text loss": {}, "answers": {}, "losses": {}}
+    for stage, losses in read_losses(run / "log.jsonl").items():           # 40 means of neighbouring steps
+        parts = torch.tensor(losses).tensor_split(min(40, len(losses)))
+        report["losses"][stage] = [round(part.mean().item(), 4) for part in parts]
+    for stage in stages:
+        tok = Tokenizer(run / stage)
+        model = MonoInternVL.from_pretrained(run / stage, dtype=dtype, device=device).eval()
+        report["text loss"][stage] = documentation_loss(model, tok)
+        if stage in (stages[0], stages[-1]):       # after S1.1 they are those of before training, bit for bit
+            rows = [{"image": None, "question": question} for question in TEXT_QUESTIONS]
+            report["answers"][stage] = ask_icons(model, tok, rows, max_new_tokens=64)
+    report["tasks"], examples = icons_accuracy(model, tok, data, most)
+    report["capitals"] = ask_capitals(model, tok, data)
+    known = [row for row in report["capitals"] if row["capital"] in row["in text"]]
+    print("\nloss on English documentation after", ", ".join(
+        f"{stage} {loss:.3f}" for stage, loss in report["text loss"].items()))
+    print_table(report["tasks"])
+    print(f"{len(known)} of {len(report['capitals'])} capitals are known in text; of them, "
+          f"{sum(row['capital'] in row['seeing the flag'] for row in known)} are said in front of the flag")
+    plot_predictions(random.Random(0).sample(examples, min(20, len(examples))), run / "predictions.png")
+    return report
 
 
 # ---------------------------------------------------------------- benchmarks: answers that survive a stop
@@ -205,7 +353,7 @@ def plot_predictions(examples: list, path) -> None:
 
 def read_answers(output: Path, tsv: Tsv, settings: str) -> dict[int, dict]:
     """{row: record} of OUT/NAME.jsonl and of the parts beside it, to which processes append. A part may end
-    in half a record. settings "": whatever the answers were made with."""
+    in half a record. Raises InputError if answers were made with other settings; "" accepts any."""
     found = {}
     parts = sorted(path for path in output.parent.iterdir() if path.name.startswith(output.name + ".part"))
     for path in [output] * output.exists() + parts:
@@ -236,7 +384,8 @@ def merge_answers(output: Path, tsv: Tsv, settings: str) -> None:
 
 def answer_window(model: MonoInternVL, tok: Tokenizer, tsv: Tsv, window: range, benchmark: str, flags: Flags,
                   bar: tqdm) -> dict[int, dict]:
-    """{row: {"prediction": text, or None with "error": why it could not be asked}} for a window."""
+    """{row: {"prediction": text}} for a window; {"prediction": None, "error": why} if a question could not be
+    asked."""
     b, c = BENCHMARKS.get(benchmark, OWN), model.config
     samples, found = [], {}
     for i in window:
@@ -245,18 +394,14 @@ def answer_window(model: MonoInternVL, tok: Tokenizer, tsv: Tsv, window: range, 
             if benchmark.startswith("MMMU"):       # [K] enlarges the first picture
                 first = open_image(images[0])
                 images[0] = first.resize((2 * first.width, 2 * first.height), Image.Resampling.BILINEAR)
-            tiles = [load_image(image, b.tiles or c.max_dynamic_patch, c.image_size) for image in images]
+            tiles = [load_tiles(image, b.tiles or c.max_dynamic_patch, c.image_size) for image in images]
             samples.append({**make_sample(model, tok, tiles, prompt(benchmark, row, flags.plain)), "row": i})
         except InputError as e:
             found[i] = {"prediction": None, "error": str(e)}
             bar.update()
-    samples.sort(key=lambda sample: len(sample["input_ids"]))
-    # A batch ends when its longest row fills the context. Questions that may do so are asked alone.
-    short = [sample for sample in samples if len(sample["input_ids"]) + b.tokens <= c.context_length]
-    batches = [short[k:k + flags.batch_size] for k in range(0, len(short), flags.batch_size)]
-    for batch in batches + [[sample] for sample in samples[len(short):]]:
+    for batch in in_batches(samples, flags.batch_size, c.context_length - b.tokens):
         with explain_out_of_memory("lower --batch_size, or choose --dtype bfloat16"):
-            answered = answer_batch(model, tok, batch, b.tokens)
+            answered = greedy_answers(model, tok, batch, b.tokens)
         for sample, ids in zip(batch, answered, strict=True):
             found[sample["row"]] = {"prediction": tok.decode(ids).strip()}
         bar.update(len(batch))
@@ -292,7 +437,7 @@ V1, V15 = "Mono-InternVL-2B", "Mono-InternVL-1.5-2B (second hand)"
 
 
 def write_server_file(benchmark: str, rows: list[dict], said: list[str], output: Path) -> None:
-    """What the servers of MMBench, DocVQA and InfoVQA and the evaluator of MMVet take."""
+    """Writes what you submit to the servers of MMBench, DocVQA and InfoVQA, or to the evaluator of MMVet."""
     if benchmark.startswith("MMBench"):
         with open(output.with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, ["index", "question", *"ABCD", "prediction"], extrasaction="ignore")
@@ -330,7 +475,7 @@ def result_of(benchmark: str, tsv: Tsv, output: Path, settings: str, judged: dic
 
 
 def print_report(results: list[dict]) -> None:
-    """At most: the score if a GPT judged all answers right that are left open."""
+    """Prints the table. "at most": the score if a GPT judged all answers right that rules leave open."""
     columns = "{:21.21}{:12}{:>7}{:>8}{:>8}{:>9}{:>8}{:>9}{:>12}  {}"
     print("\n" + columns.format("benchmark", "split", "n", "score", "2B", "1.5-2B*", "open", "at most",
                                 "unreadable", ""))
@@ -339,6 +484,9 @@ def print_report(results: list[dict]) -> None:
                                 ("score", V1, V15, "at_most"))
         print(columns.format(r["benchmark"], r["split"], r["n"], reached, v1, v15, r["open"], most,
                              len(r["unreadable"]), r["note"]))
+        if r["note"] == OWN.note and r["score"] is not None:
+            for name, value in r["parts"].items():
+                print(columns.format("  " + name, "", r["part_rows"][name], f"{value:.1f}", *[""] * 6))
     print("* second hand: from the tables of NEO")
     for r in results:
         if r["left_out"]:

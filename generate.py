@@ -157,7 +157,7 @@ class KVCache:
                 break
             same += 1
         visual = [i for i in range(same) if self.input_ids[i] == c.img_context_token_id]
-        if visual and self.tiles.shape[1:] == pixel_values.shape[1:]:
+        if visual:
             per_tile = math.prod(s // (c.patch_size * c.shuffle) for s in pixel_values.shape[2:])
             for cached, new in zip(self.tiles[:len(visual) // per_tile], pixel_values, strict=False):
                 if not cached.equal(new.to(cached.device)):

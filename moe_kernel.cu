@@ -2,10 +2,9 @@
 //
 // What. Every token has a fixed expert: text, visual or none (pad). A routed product multiplies the text
 // tokens by the weights of the text expert, and the visual tokens by those of the visual expert:
-//     moe_linear   y[token] = x[token] · w_e^T  (+ residual[token])        wqkv, wo, second half of the FFN
+//     moe_linear   y[token] = x[token] · w_e^T                            wqkv, wo, second half of the FFN
 //     moe_swiglu   h[token] = silu(x[token] · w1_e^T) * (x[token] · w3_e^T)  first half of the FFN
-// where e is the expert of the token. The output of a pad is zero, plus its residual if there is one. Pads
-// are never read from x.
+// where e is the expert of the token. The output of a pad is zero. Pads are never read from x.
 //
 // Why. The simplest way runs both experts on all tokens and discards half of the results. A better way
 // gathers the tokens of each expert, runs two ordinary matrix products, and scatters the results. It needs
@@ -57,7 +56,6 @@ template <typename T> struct Problem {
     const T* x;                       // (num_tokens, in_features)
     const T *w_text, *w_visual;       // (out_features, in_features); in SwiGLU this is w1, the gate
     const T *w3_text, *w3_visual;     // (out_features, in_features); in SwiGLU only: w3, the up projection
-    const T* residual;                // (num_tokens, out_features), or null
     T* y;                             // (num_tokens, out_features)
     const int64_t *gather, *scatter;  // the permutation; null if x, or y, is in permuted order already
     const int64_t* counts;
@@ -122,7 +120,6 @@ template <typename T> __global__ void linear_naive_kernel(const Problem<T> p) {
     if (permuted_index < pads_begin)
         for (int k = 0; k < p.in_features; k++)
             sum += to_float(p.x[x_row * p.in_features + k]) * to_float(w_row[k]);
-    if (p.residual) sum += to_float(p.residual[y_row * p.out_features + column]);
     from_float(p.y[y_row * p.out_features + column], sum);
 }
 // Why it is slow: every thread loads 2·K numbers for K multiply-adds. If the threads of a block share what
@@ -147,9 +144,8 @@ __device__ inline TokenTile find_token_tile(int token_tile, int BM, const int64_
 
 // The GPU starts blocks in the order x, y, z. The y index counts the column tiles. The token tiles are cut
 // into bands: the x index counts the token tiles of one band, and the z index counts the bands, and in each
-// band the splits. Blocks that
-// run at the same time therefore share a weight tile while it is in the L2 cache. Every column tile reads all
-// rows of x in the band again. The length of a band limits their number, so that many are still in L2.
+// band the splits. So blocks that run at the same time share a weight tile while it is in the L2 cache. Every
+// column tile reads all rows of x in the band again; as a band is short, many of them are still in L2.
 constexpr int BAND = 32;  // token tiles
 __device__ inline int token_tile_of_block(int splits) { return blockIdx.z / splits * BAND + blockIdx.x; }
 
@@ -168,11 +164,8 @@ template <typename T>
 __device__ inline void store_vector(const Problem<T>& p, int64_t y_row, int column,
                                     const float (&sum)[Vector<T>::SIZE], bool is_pad) {
     if (column >= p.out_features) return;
-    Vector<T> result{}, residual{};
-    if (p.residual)
-        residual = *reinterpret_cast<const Vector<T>*>(p.residual + y_row * p.out_features + column);
-    for (int i = 0; i < Vector<T>::SIZE; i++)
-        from_float(result.v[i], (is_pad ? 0 : sum[i]) + to_float(residual.v[i]));
+    Vector<T> result;
+    for (int i = 0; i < Vector<T>::SIZE; i++) from_float(result.v[i], is_pad ? 0 : sum[i]);
     *reinterpret_cast<Vector<T>*>(p.y + y_row * p.out_features + column) = result;
 }
 
@@ -541,34 +534,35 @@ static int launch_block_tile(const Problem<T>& p, void (*kernel)(Problem<T>), cu
 }
 
 // AUTO is a guess for when nothing has been measured. NAIVE runs linear_naive_kernel.
-enum TileConfig {
-    AUTO, SMALL, MEDIUM, LARGE, NAIVE, HOPPER_64x64, HOPPER_64x128, HOPPER_128x192, HOPPER_128x256
-};
+enum TileConfig { AUTO, SMALL, MEDIUM, LARGE, NAIVE, HOPPER_64x64, HOPPER_64x128, HOPPER_128x192,
+                  HOPPER_128x256, MEDIUM_3, LARGE_3 };
 
 // Large tiles load the fewest bytes from L2 per multiply-add. With few tokens, most of the time goes into
 // reading the weights. Small tiles then give every multiprocessor a block, and their ring of stages keeps
-// many bytes in flight. The tiles of gemm_kernel fit in 96 KB of shared memory, because a block on sm_89 gets
-// at most 99 KB. Of the two smaller tiles of wgmma_kernel, two blocks fit in a multiprocessor.
+// many bytes in flight. A multiprocessor of sm_86, 89 or 120 has 100 KB of shared memory, room for one block
+// of the first three tiles. Two blocks of MEDIUM_3 or LARGE_3 fit, and one computes while the other waits. On
+// Hopper two blocks of the smaller tiles of wgmma_kernel fit. RESULTS.md lists all registers and bytes.
 template <bool SWIGLU, typename T>
 static int launch_gemm(const Problem<T>& p, int tile_config, cudaStream_t stream) {
     int device = 0, capability = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
-    if (error != cudaSuccess) return error;
-    if (tile_config >= HOPPER_64x64 && capability != 9) return cudaErrorInvalidValue;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
+    const bool hopper = tile_config >= HOPPER_64x64 && tile_config <= HOPPER_128x256;
+    if (hopper && capability != 9) return cudaErrorInvalidValue;
     if (tile_config == AUTO) tile_config = p.num_tokens <= 64 ? SMALL : p.num_tokens <= 1024 ? MEDIUM : LARGE;
 #define TILE(CONFIG, KERNEL, ...)                                                                           \
     case CONFIG: return launch_block_tile<BlockTile<__VA_ARGS__>, SWIGLU>(                                  \
         p, KERNEL<T, BlockTile<__VA_ARGS__>, SWIGLU>, stream);
     switch (tile_config) {  // BM, BN, BK, WARPS_M, WARPS_N, STAGES, and for wgmma BLOCKS, PENDING
-        TILE(SMALL, gemm_kernel, 64, SWIGLU ? 64 : 32, 64, 4, 1, SWIGLU ? 4 : 8)  //  95 registers on an H100
-        TILE(MEDIUM, gemm_kernel, 64, 128, 64, 2, 2, 4)                           // 128
-        TILE(LARGE, gemm_kernel, 128, 128, 32, 2, 2, 4)                           // 221
-        TILE(HOPPER_64x64, wgmma_kernel, 64, 64, 64, 4, 1, 6, 2, 1)               //  74
-        TILE(HOPPER_64x128, wgmma_kernel, 64, 128, 64, 4, 1, 4, 2, 0)             // 116
-        TILE(HOPPER_128x192, wgmma_kernel, 128, 192, 64, 8, 1, 5, 1, 1)           // 146
-        TILE(HOPPER_128x256, wgmma_kernel, 128, 256, 64, 8, 1, 4, 1, 1)           // 190
+        TILE(SMALL, gemm_kernel, 64, SWIGLU ? 64 : 32, 64, 4, 1, SWIGLU ? 4 : 8)
+        TILE(MEDIUM, gemm_kernel, 64, 128, 64, 2, 2, 4)
+        TILE(LARGE, gemm_kernel, 128, 128, 32, 2, 2, 4)
+        TILE(MEDIUM_3, gemm_kernel, 64, 128, 32, 2, 2, 3)
+        TILE(LARGE_3, gemm_kernel, 128, 128, 32, 2, 2, 3)
+        TILE(HOPPER_64x64, wgmma_kernel, 64, 64, 64, 4, 1, 6, 2, 1)
+        TILE(HOPPER_64x128, wgmma_kernel, 64, 128, 64, 4, 1, 4, 2, 0)
+        TILE(HOPPER_128x192, wgmma_kernel, 128, 192, 64, 8, 1, 5, 1, 1)
+        TILE(HOPPER_128x256, wgmma_kernel, 128, 256, 64, 8, 1, 4, 1, 1)
     }
     return cudaErrorInvalidValue;
 }
@@ -593,7 +587,7 @@ static int launch_product(const Problem<T>& p, int tile_config, cudaStream_t str
 }
 
 struct UntypedProblem {  // a Problem as Python passes it, with its element type known only at run time
-    const void *x, *w_text, *w_visual, *w3_text, *w3_visual, *residual;
+    const void *x, *w_text, *w_visual, *w3_text, *w3_visual;
     void* y;
     const int64_t *gather, *scatter, *counts;
     int num_tokens, in_features, out_features;
@@ -601,7 +595,7 @@ struct UntypedProblem {  // a Problem as Python passes it, with its element type
     int splits;
     template <typename T> Problem<T> as() const {
         auto typed = [](const void* pointer) { return static_cast<const T*>(pointer); };
-        return {typed(x), typed(w_text), typed(w_visual), typed(w3_text), typed(w3_visual), typed(residual),
+        return {typed(x), typed(w_text), typed(w_visual), typed(w3_text), typed(w3_visual),
                 static_cast<T*>(y), gather, scatter, counts, num_tokens, in_features, out_features,
                 partial_sums, splits};
     }
@@ -623,13 +617,13 @@ extern "C" int moe_route(const uint8_t* expert, int64_t* permutation, int64_t* c
            expert, permutation, counts, num_tokens);
     return cudaGetLastError();
 }
-// gather and scatter are the permutation. Null means that x, or y and residual, is already in permuted order.
+// gather and scatter are the permutation. Null means that x, or y, is already in permuted order.
 // partial_sums is room for splits x num_tokens x out_features numbers, or null if splits is 1.
-extern "C" int moe_linear(const void* x, const void* w_text, const void* w_visual, const void* residual,
-                          void* y, const int64_t* gather, const int64_t* scatter, const int64_t* counts,
+extern "C" int moe_linear(const void* x, const void* w_text, const void* w_visual, void* y,
+                          const int64_t* gather, const int64_t* scatter, const int64_t* counts,
                           int num_tokens, int in_features, int out_features, int dtype, int tile_config,
                           float* partial_sums, int splits, cudaStream_t stream) {
-    const UntypedProblem p{x, w_text, w_visual, nullptr, nullptr, residual, y, gather, scatter, counts,
+    const UntypedProblem p{x, w_text, w_visual, nullptr, nullptr, y, gather, scatter, counts,
                            num_tokens, in_features, out_features, partial_sums, splits};
     return launch_for_dtype<false>(p, dtype, tile_config, stream);
 }
@@ -638,8 +632,8 @@ extern "C" int moe_swiglu(const void* x, const void* w1_text, const void* w3_tex
                           const void* w3_visual, void* h, const int64_t* permutation, const int64_t* counts,
                           int num_tokens, int in_features, int out_features, int dtype, int tile_config,
                           cudaStream_t stream) {
-    const UntypedProblem p{x, w1_text, w1_visual, w3_text, w3_visual, nullptr, h, permutation, nullptr,
-                           counts, num_tokens, in_features, out_features, nullptr, 1};
+    const UntypedProblem p{x, w1_text, w1_visual, w3_text, w3_visual, h, permutation, nullptr, counts,
+                           num_tokens, in_features, out_features, nullptr, 1};
     return launch_for_dtype<true>(p, dtype, tile_config, stream);
 }
 extern "C" int moe_driver_version() {

@@ -33,7 +33,8 @@ from common import InputError
 SOURCE = Path(__file__).resolve().with_name("moe_kernel.cu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}           # the values of the kernel's Dtype
 TILES = {"small": 1, "medium": 2, "large": 3, "naive": 4,                  # the kernel's TileConfig
-         "hopper64x64": 5, "hopper64x128": 6, "hopper128x192": 7, "hopper128x256": 8}
+         "hopper64x64": 5, "hopper64x128": 6, "hopper128x192": 7, "hopper128x256": 8,
+         "medium3": 9, "large3": 10}
 SPLIT = 100                                        # s · SPLIT + a tile config: the sum is split in s parts
 SIZES = 64, 128, 256, 320, 512, 576, 1024, 1088, 1856, 2048, 3392, 4096    # tokens; of 1, 2, 4, 7, 13 tiles
 CHECKED_SIZES = (0, 8, 8), (1, 8, 8), (65, 200, 72), (270, 520, 264)       # tokens, K, M: tails everywhere
@@ -54,6 +55,15 @@ def _locked(path: Path):
         yield
 
 
+def nvcc_command(sm: str) -> list[str]:
+    """How to compile for an architecture. Raises RuntimeError if nvcc is missing."""
+    folders = os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+    compiler = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if compiler is None:
+        raise RuntimeError("nvcc is missing; install the CUDA toolkit, or set CUDA_HOME to its folder")
+    return [compiler, "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}"]
+
+
 def build(device: torch.device, source: Path = SOURCE) -> str:
     """Compiles with nvcc for a GPU, or with g++ and cuda_on_cpu.h for a CPU. Returns the path of the library.
 
@@ -61,17 +71,13 @@ def build(device: torch.device, source: Path = SOURCE) -> str:
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        sm = "90a" if capability == (9, 0) else "{}{}".format(*capability)     # "a" brings wgmma
-        folders = os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
-        compiler = shutil.which("nvcc", path=os.pathsep.join(folders))
-        if compiler is None:
-            raise RuntimeError("nvcc is missing; install the CUDA toolkit, or set CUDA_HOME to its folder")
-        command = [compiler, "-Xcompiler", "-fPIC", f"-gencode=arch=compute_{sm},code=sm_{sm}"]
+        command = nvcc_command("90a" if capability == (9, 0) else "{}{}".format(*capability))  # a has wgmma
+        command += ["-Xcompiler", "-fPIC"]
     elif device.type == "cpu":
-        command = [os.environ.get("CXX", "g++"), "-x", "c++", "-fPIC"]
+        command = [os.environ.get("CXX", "g++"), "-x", "c++", "-std=c++17", "-O3", "-fPIC"]
     else:
         raise RuntimeError("it runs on NVIDIA GPUs and CPUs only")
-    command += ["-std=c++17", "-O3", "-shared", str(source)]
+    command += ["-shared", str(source)]
     key = hashlib.sha256(repr(command).encode())
     for file in source, source.with_name("cuda_on_cpu.h"):
         key.update(file.read_bytes())
@@ -123,27 +129,26 @@ def launch(function: str, device: torch.device, *arguments: Tensor | int | None)
         raise RuntimeError(f"{function}: {loaded.moe_error_string(error).decode()}")
 
 
-def launch_linear(y: Tensor, x: Tensor, w_text: Tensor, w_visual: Tensor, residual: Tensor | None,
-                  gather: Tensor | None, scatter: Tensor | None, counts: Tensor, tile_config: int) -> None:
+def launch_linear(y: Tensor, x: Tensor, w_text: Tensor, w_visual: Tensor, gather: Tensor | None,
+                  scatter: Tensor | None, counts: Tensor, tile_config: int) -> None:
     splits = max(1, tile_config // SPLIT)
     partial_sums = x.new_empty(splits, *y.shape, dtype=torch.float32) if splits > 1 else None
-    launch("moe_linear", x.device, x, w_text, w_visual, residual, y, gather, scatter, counts, *x.shape,
-           len(w_text), DTYPES[x.dtype], tile_config % SPLIT, partial_sums, splits)
+    launch("moe_linear", x.device, x, w_text, w_visual, y, gather, scatter, counts, *x.shape, len(w_text),
+           DTYPES[x.dtype], tile_config % SPLIT, partial_sums, splits)
 
 
 # ---------------------------------------------------------------- the operators
 
-def _aligned(t: Tensor | None) -> Tensor | None:
+def _aligned(t: Tensor) -> Tensor:
     """Contiguous and at a multiple of 16 bytes, as the kernels need it. Copies only if it must."""
-    if t is None:
-        return None
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 @torch.library.custom_op("mono_internvl::moe_route", mutates_args=())
-def _route(expert: Tensor) -> tuple[Tensor, Tensor]:
-    """expert (N,) uint8: 0 text, 1 visual, else pad -> permutation (N,) and counts (2,), both int64."""
+def route(expert: Tensor) -> tuple[Tensor, Tensor]:
+    """expert (N,) uint8, 0 text, 1 visual, else pad -> (permutation (N,), counts (2,)), both int64 and on the
+    same device, without a device→host sync. Raises InputError for another shape or dtype."""
     if expert.dim() != 1 or expert.dtype != torch.uint8:
         raise InputError(f"expert must be (N,) uint8, not {tuple(expert.shape)} {expert.dtype}")
     permutation = expert.new_empty(len(expert), dtype=torch.int64)
@@ -154,13 +159,13 @@ def _route(expert: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("mono_internvl::moe_linear", mutates_args=())
 def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, counts: Tensor,
-            residual: Tensor | None, gather: bool, scatter: bool, tile_config: int) -> Tensor:
+            gather: bool, scatter: bool, tile_config: int) -> Tensor:
     """x (N, K), weights (M, K) -> (N, M). x is in reading order if gather, else in permuted order; the result
     is in reading order if scatter. tile_config: 0 lets moe_kernel.cu choose, else a value of its enum."""
     y, permutation = x.new_empty(len(x), len(w_text)), _aligned(permutation)
     tile_config = tile_config or best_tile(x.device, x.dtype, "linear" if gather else "w2", x.shape[1],
                                          len(w_text), tokens=len(x))
-    launch_linear(y, *map(_aligned, (x, w_text, w_visual, residual)), permutation if gather else None,
+    launch_linear(y, *map(_aligned, (x, w_text, w_visual)), permutation if gather else None,
                   permutation if scatter else None, _aligned(counts), tile_config)
     return y
 
@@ -177,7 +182,7 @@ def _swiglu(x: Tensor, w1_text: Tensor, w3_text: Tensor, w1_visual: Tensor, w3_v
     return h
 
 
-_route.register_fake(lambda expert: (expert.new_empty(expert.shape, dtype=torch.int64),
+route.register_fake(lambda expert: (expert.new_empty(expert.shape, dtype=torch.int64),
                                      expert.new_empty(2, dtype=torch.int64)))
 _linear.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 _swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
@@ -190,10 +195,13 @@ _swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 
 def tile_configs(device: torch.device, dtype: torch.dtype, product: str) -> list[int]:
     """What may be the fastest for a product on this device. In float32 all tiles are the same."""
-    hopper = device.type == "cpu" or torch.cuda.get_device_capability(device) == (9, 0)    # or its model
-    tiles = [t for name, t in TILES.items() if name != "naive" and (hopper or "hopper" not in name)]
     if dtype == torch.float32:
-        return tiles[:1]
+        return [TILES["small"]]
+    gpu = None if device.type == "cpu" else torch.cuda.get_device_properties(device)       # a CPU runs all
+    hopper = gpu is None or (gpu.major, gpu.minor) == (9, 0)
+    three_stages = gpu is None or gpu.shared_memory_per_multiprocessor <= 100 << 10
+    tiles = [t for name, t in TILES.items() if name != "naive" and (hopper or "hopper" not in name)
+             and (three_stages or name[-1] != "3")]
     split = ("hopper64x64", "hopper128x192") if hopper else ("small", "medium")
     return tiles + [s * SPLIT + TILES[name] for name in split for s in (2, 4, 8) if product != "swiglu"]
 
@@ -205,20 +213,18 @@ def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: i
     x, *w = (torch.randn(size, k, generator=generator).to(device, dtype) for size in (n, m, m, m, m))
     w = [weight / k ** 0.5 for weight in w]                                # w1 and w3 of text, then of visual
     expert = (torch.arange(n) * 7 // 3 % 4).clamp(max=2).to(device, torch.uint8)
-    permutation, counts = _route(expert)
+    permutation, counts = route(expert)
 
     def naive(i, scatter):
-        y = torch.empty(n, m, device=device)
         weights = w[i].float(), w[i + 2].float()
-        launch_linear(y, x.float(), *weights, None, permutation, scatter, counts, TILES["naive"])
-        return y
-    linear, swiglu = naive(0, permutation), torch.nn.functional.silu(naive(0, None)) * naive(1, None)
+        return _linear(x.float(), *weights, permutation, counts, True, scatter, TILES["naive"])
+    linear, swiglu = naive(0, True), torch.nn.functional.silu(naive(0, False)) * naive(1, False)
     for is_compared in expert < 3, expert == 1:
         if not is_compared.all():
             x = x.masked_fill((expert != 1)[:, None], torch.nan)
             w[:2] = [torch.full_like(weight, torch.nan) for weight in w[:2]]
         y, h = (torch.full((n, m), torch.nan, device=device, dtype=dtype) for _ in range(2))
-        launch_linear(y, x, w[0], w[2], None, permutation, permutation, counts, tile_config)
+        launch_linear(y, x, w[0], w[2], permutation, permutation, counts, tile_config)
         results = [("linear", y, linear, is_compared)]
         if tile_config < SPLIT:                                            # SwiGLU does not split sums
             launch("moe_swiglu", device, x, *w, h, permutation, counts, n, k, m, DTYPES[dtype], tile_config)
@@ -230,70 +236,58 @@ def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: i
     return ""
 
 
-def _microseconds(device: torch.device, calls: dict, copies: int) -> dict[str, float]:
-    """Of one call of each, on the device alone: the calls of a CUDA graph do not wait for the host. calls:
-    functions of i, which use weights number i, so that no call finds its weights in the L2 cache."""
-    best = dict.fromkeys(calls, float("inf"))
+def _microseconds(device: torch.device, call, copies: int) -> float:
+    """Of one call, on the device alone: the calls of a CUDA graph do not wait for the host. call: a function
+    of i < copies. It uses weights number i, so that it does not find them in the L2 cache."""
     if device.type == "cpu":
-        for choice, call in calls.items():
-            begin = time.perf_counter()
-            call(0)
-            best[choice] = (time.perf_counter() - begin) * 1e6
-        return best
-    graphs = {choice: torch.cuda.CUDAGraph() for choice in calls}
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        started = time.perf_counter()
+        call(0)
+        return (time.perf_counter() - started) * 1e6
+    graph, best = torch.cuda.CUDAGraph(), math.inf
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    with torch.cuda.stream(stream):
-        for choice, call in calls.items():
-            call(0)
-            stream.synchronize()
-            graphs[choice].capture_begin(pool=pool, capture_error_mode="thread_local")
-            for i in range(copies):
-                call(i)
-            graphs[choice].capture_end()
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        call(0)
+        torch.cuda.synchronize(device)
+        graph.capture_begin(capture_error_mode="thread_local")
+        for i in range(copies):
+            call(i)
+        graph.capture_end()
         for _ in range(4):
-            for choice, graph in graphs.items():
-                begin.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                best[choice] = min(best[choice], begin.elapsed_time(end) / copies * 1e3)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            best = min(best, begin.elapsed_time(end) / copies * 1e3)
     return best
 
 
-def _measure(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int, tiles: list) -> dict:
-    """{number of tokens: {choice: microseconds}}. A choice is a tile config or "torch", which is cuBLAS with
-    as much gather, silu and scatter as the product needs in a layer. 64 of the tokens are text."""
-    matrices = 4 if product == "swiglu" else 2
-    copies = 1 if device.type == "cpu" else 1 + (256 << 20) // (matrices * k * m * dtype.itemsize)    # 256 MB
-    weights = [[torch.randn(m, k, device=device, dtype=dtype) / k ** 0.5 for _ in range(matrices)]
-               for _ in range(copies)]
-    result = {}
-    for n in SIZES if device.type == "cuda" else SIZES[:1]:
-        x = torch.randn(n, k, device=device, dtype=dtype)
-        expert = torch.zeros(n, device=device, dtype=torch.uint8)
-        expert[32:-32] = 1                                                 # as an image stands in a prompt
-        permutation, counts = _route(expert)
+def _measure(product: str, n: int, weights: list, tiles: list) -> dict[str, float]:
+    """{choice: microseconds} for n tokens, 64 of them text. A choice is a tile config or "torch", which is
+    cuBLAS with as much gather, silu and scatter as the product needs in a layer. weights: of each call."""
+    (m, k), device = weights[0][0].shape, weights[0][0].device
+    x = torch.randn(n, k, device=device, dtype=weights[0][0].dtype)
+    expert = torch.zeros(n, device=device, dtype=torch.uint8)
+    expert[32:-32] = 1                                                     # as an image stands in a prompt
+    permutation, counts = route(expert)
 
-        def by_kernel(i, tile_config, x=x, permutation=permutation, counts=counts):
+    def by_kernel(i, tile_config):
+        if product == "swiglu":
+            _swiglu(x, *weights[i], permutation, counts, tile_config)
+        else:
+            _linear(x, *weights[i], permutation, counts, product == "linear", True, tile_config)
+
+    def by_torch(i):
+        y, half = x.new_empty(n, m), len(weights[i]) // 2
+        for part, w in (slice(64), weights[i][:half]), (slice(64, None), weights[i][half:]):
+            rows = permutation[part]
+            gathered = x[part] if product == "w2" else x[rows]             # x of w2 is in permuted order
             if product == "swiglu":
-                _swiglu(x, *weights[i], permutation, counts, tile_config)
+                torch.nn.functional.silu(gathered @ w[0].T) * (gathered @ w[1].T)
             else:
-                _linear(x, *weights[i], permutation, counts, None, product == "linear", True, tile_config)
-
-        def by_torch(i, x=x, permutation=permutation):
-            y, half = x.new_empty(len(x), m), matrices // 2
-            for part, w in (slice(64), weights[i][:half]), (slice(64, None), weights[i][half:]):
-                rows = permutation[part]
-                gathered = x[part] if product == "w2" else x[rows]         # x of w2 is in permuted order
-                if product == "swiglu":
-                    torch.nn.functional.silu(gathered @ w[0].T) * (gathered @ w[1].T)
-                else:
-                    y.index_copy_(0, rows, gathered @ w[0].T)
-        calls = {str(t): functools.partial(by_kernel, tile_config=t) for t in tiles}
-        result[n] = _microseconds(device, calls | {"torch": by_torch}, copies)
-    return result
+                y.index_copy_(0, rows, gathered @ w[0].T)
+    calls = {str(t): functools.partial(by_kernel, tile_config=t) for t in tiles} | {"torch": by_torch}
+    return {choice: _microseconds(device, call, len(weights)) for choice, call in calls.items()}
 
 
 MEASURED = {}                                      # what this process has measured or read already
@@ -306,7 +300,8 @@ def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
     if (asked := (device, dtype, product, k, m)) in MEASURED:
         return MEASURED[asked]
     file, key = library(device).folder / "measured.json", f"{product} {k} to {m} {dtype}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
     made_with = {"device": name, "driver": library(device).moe_driver_version(), "torch": torch.__version__}
     with _locked(file.with_suffix(".lock")):
         try:
@@ -314,7 +309,7 @@ def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
             if {field: table[field] for field in made_with} != made_with:
                 raise ValueError("another device, driver or torch")
             faults, times = table["faults"].get(str(dtype)), table["microseconds"].get(key)
-            times = times and {int(n): {c: float(t) for c, t in row.items()} for n, row in times.items()}
+            times = times and {int(n): row for n, row in times.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):    # none yet, old or damaged
             table, faults, times = made_with | {"faults": {}, "microseconds": {}}, None, None
         if faults is None:
@@ -325,8 +320,12 @@ def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
                     warnings.warn(f"tile config {tile} of moe_kernel.cu is wrong on {name} ({why}) and will "
                                   f"not be used; please report this line together with {file}", stacklevel=3)
         if times is None:
-            usable = [t for t in tile_configs(device, dtype, product) if str(t) not in faults]
-            times = _measure(device, dtype, product, k, m, usable)
+            tiles = [t for t in tile_configs(device, dtype, product) if str(t) not in faults]
+            matrices = 4 if product == "swiglu" else 2                     # 256 MB, more than an L2 cache
+            copies = 1 + (256 << 20) // (matrices * k * m * dtype.itemsize) if on_gpu else 1
+            weights = [torch.randn(matrices, m, k, device=device, dtype=dtype).div(k ** 0.5).unbind()
+                       for _ in range(copies)]
+            times = {n: _measure(product, n, weights, tiles) for n in (SIZES if on_gpu else SIZES[:1])}
         table["faults"][str(dtype)], table["microseconds"][key] = faults, times
         with contextlib.suppress(OSError):                                 # from a read-only folder
             file.with_suffix(".new").write_text(json.dumps(table, indent=1))
@@ -368,20 +367,29 @@ def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, prod
     return "cuda" if sum(kernel) < sum(by_torch) else "torch"
 
 
-# ---------------------------------------------------------------- their gradients
+# ---------------------------------------------------------------- the gradient of the routed product
 
 def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Tensor | None]:
-    """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order. Only the device
-    knows how many tokens that is, so the other rows are set to zero instead of left out. They are not
-    multiplied by zero, because 0 · NaN = NaN."""
-    position = torch.arange(x.shape[0], device=x.device)[:, None]
+    """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order.
+
+    Only the device knows how many tokens an expert has. torch's grouped product reads that there, multiplies
+    no row of another expert, and needs one line. It does so for bfloat16, and on GPUs since Hopper (compute
+    capability 9 and 10); elsewhere it asks the host, which a CUDA graph cannot capture. There the other rows
+    are set to zero. They are not multiplied by zero, because 0 · NaN = NaN. So it is also done if one expert
+    learns alone, since the grouped product would compute the gradients of both.
+    """
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)          # since torch 2.10
+    if grouped_mm and all(wanted) and len(x) and x.dtype == torch.bfloat16 and (
+            x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)):
+        return list(grouped_mm(dy.T, x, offs=counts.cumsum(0, dtype=torch.int32)))
+    position = torch.arange(len(x), device=x.device)[:, None]
     experts = position < counts[0], (position >= counts[0]) & (position < counts.sum())
     return [torch.where(e, dy, 0).T @ torch.where(e, x, 0) if want else None
             for e, want in zip(experts, wanted, strict=True)]
 
 
-def _linear_setup(ctx, inputs, output):
-    *saved, residual, ctx.gather, ctx.scatter, ctx.tile_config = inputs
+def _save_for_backward(ctx, inputs, output):
+    *saved, ctx.gather, ctx.scatter, _ = inputs
     ctx.save_for_backward(*saved)
 
 
@@ -389,39 +397,14 @@ def _linear_backward(ctx, dy):
     x, w_text, w_visual, permutation, counts = ctx.saved_tensors
     dx, dw, need = None, (None, None), ctx.needs_input_grad
     if need[0]:      # the same routed product with transposed weights; gather and scatter change places
-        dx = _linear(dy, w_text.T, w_visual.T, permutation, counts, None, ctx.scatter, ctx.gather,
-                     ctx.tile_config)
+        dx = _linear(dy, w_text.T, w_visual.T, permutation, counts, ctx.scatter, ctx.gather, 0)
     if need[1] or need[2]:
         dy_routed, x_routed = dy[permutation] if ctx.scatter else dy, x[permutation] if ctx.gather else x
         dw = _weight_gradients(dy_routed, x_routed, counts, need[1:3])
-    return dx, *dw, None, None, dy if need[5] else None, None, None, None
+    return dx, *dw, None, None, None, None, None
 
 
-def _swiglu_setup(ctx, inputs, output):
-    *saved, ctx.tile_config = inputs
-    ctx.save_for_backward(*saved)
-
-
-def _swiglu_backward(ctx, dh):
-    x, w1_text, w3_text, w1_visual, w3_visual, permutation, counts = ctx.saved_tensors
-    routed, need = (permutation, counts), ctx.needs_input_grad
-    # gate and up are computed a second time, since the operator returns neither.
-    gate = _linear(x, w1_text, w1_visual, *routed, None, True, False, ctx.tile_config).float()
-    up = _linear(x, w3_text, w3_visual, *routed, None, True, False, ctx.tile_config).float()
-    s = gate.sigmoid()
-    d_gate, d_up = (dh * up * s * (1 + gate * (1 - s))).to(x.dtype), (dh * gate * s).to(x.dtype)
-    dx, dw1, dw3 = None, (None, None), (None, None)
-    if need[0]:
-        dx = _linear(d_gate, w1_text.T, w1_visual.T, *routed, None, False, True, ctx.tile_config)
-        dx = _linear(d_up, w3_text.T, w3_visual.T, *routed, dx, False, True, ctx.tile_config)
-    if any(need[1:5]):
-        dw1 = _weight_gradients(d_gate, x[permutation], counts, (need[1], need[3]))
-        dw3 = _weight_gradients(d_up, x[permutation], counts, (need[2], need[4]))
-    return dx, dw1[0], dw3[0], dw1[1], dw3[1], None, None, None
-
-
-_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
-_swiglu.register_autograd(_swiglu_backward, setup_context=_swiglu_setup)
+_linear.register_autograd(_linear_backward, setup_context=_save_for_backward)
 
 
 # ---------------------------------------------------------------- what the model calls
@@ -455,18 +438,12 @@ def _cast_for_autocast(*tensors: Tensor) -> list[Tensor]:
     return [t.to(torch.get_autocast_dtype(device_type)) for t in tensors]
 
 
-def route(expert: Tensor) -> tuple[Tensor, Tensor]:
-    """expert (N,) uint8, 0 text, 1 visual, 2 pad -> (permutation (N,), counts (2,)), both int64 and on the
-    same device, without a device→host sync. Raises InputError for another shape or dtype."""
-    return _route(expert)
-
-
 def linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, counts: Tensor) -> Tensor:
     """x (..., K), weights (M, K) -> (..., M): each token times its expert's weights, zero for pads. float32,
     bfloat16 or float16; K and M are multiples of 8. Raises InputError for what the kernel cannot do."""
     flat, w_text, w_visual = _cast_for_autocast(x.reshape(-1, x.shape[-1]), w_text, w_visual)
     _check(flat, (w_text, w_visual), permutation, counts)
-    y = _linear(flat, w_text, w_visual, permutation, counts, None, True, True, 0)
+    y = _linear(flat, w_text, w_visual, permutation, counts, True, True, 0)
     return y.view(*x.shape[:-1], len(w_text))
 
 
@@ -478,14 +455,14 @@ def swiglu(x: Tensor, text: Sequence[Tensor], visual: Sequence[Tensor], permutat
         x.reshape(-1, x.shape[-1]), *text[:2], *visual[:2], text[2], visual[2])
     _check(flat, first, permutation, counts)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (flat, *first)):
-        # The backward pass needs gate and up. _swiglu would compute them a second time then.
-        gate, up = (_linear(flat, *weights, permutation, counts, None, True, False, 0)
+        # The backward pass needs gate and up, which _swiglu does not return. So it has no gradient.
+        gate, up = (_linear(flat, *weights, permutation, counts, True, False, 0)
                     for weights in (first[::2], first[1::2]))
         h = torch.nn.functional.silu(gate) * up
     else:
         h = _swiglu(flat, *first, permutation, counts, 0)                  # stays in permuted order
     _check(h, (w2_text, w2_visual), permutation, counts)
-    return _linear(h, w2_text, w2_visual, permutation, counts, None, False, True, 0).view(x.shape)
+    return _linear(h, w2_text, w2_visual, permutation, counts, False, True, 0).view(x.shape)
 
 
 def main() -> None:
@@ -495,11 +472,10 @@ def main() -> None:
     products = {"wqkv": ("linear", d, 2 * d), "wo": ("linear", d, d), "w1|w3": ("swiglu", d, f),
                 "w2": ("w2", f, d)}
     print("tokens  product  fastest, microseconds; torch, microseconds")
-    tables = {name: measured(device, dtype, *product) for name, product in products.items()}
-    for n in tables["w2"]:
-        for name, table in tables.items():
-            best = min(table[n], key=table[n].get)
-            print(f"{n:6}  {name:7}  {best:>7} {table[n][best]:8.1f}; torch {table[n]['torch']:8.1f}")
+    for name, product in products.items():
+        for n, times in measured(device, dtype, *product).items():
+            best = min(times, key=times.get)
+            print(f"{n:6}  {name:7}  {best:>7} {times[best]:8.1f}; torch {times['torch']:8.1f}")
 
 
 if __name__ == "__main__":

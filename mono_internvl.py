@@ -185,7 +185,8 @@ class Routing:
         "dense", the naive reference; "torch", gather and scatter; "cuda", moe_kernel.cu; or "auto"."""
         if backend not in ("auto", "dense", "torch", "cuda"):
             raise InputError(f"unknown MoE back end {backend!r}; choose auto, dense, torch or cuda")
-        # The model chooses by measurement what auto is when it infers on a GPU. Otherwise auto is torch.
+        # On a GPU without gradients, MonoInternVL.route has already replaced "auto" by the back end that was
+        # measured to be faster. Everywhere else, "auto" means "torch".
         if backend == "auto" or backend == "cuda" and moe_kernel.library(visual.device) is None:
             backend = "torch"
         self.backend = backend
@@ -200,8 +201,8 @@ class Routing:
 
     @functools.cached_property
     def token_indices(self) -> tuple[Tensor, Tensor]:
-        """Indices of the text tokens and of the visual tokens. The host must know how many there are. If
-        nobody has told it (see split), that is one sync per forward pass on a GPU."""
+        """Indices of the text tokens and of the visual tokens. The host must know how many there are. Unless
+        split has been called with the numbers, it asks the GPU: one sync per forward pass."""
         return self.split(*self.counts.tolist())
 
     def split(self, text: int, visual: int) -> tuple[Tensor, Tensor]:
@@ -310,7 +311,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def document_positions(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(positions, starts), (B, T) each, of packed samples: a token's place in its sample, and whether that is
-    the first. A sample is a run of equal ids: pads at the end are one as well, which nobody else sees."""
+    the first. A sample is a run of equal ids. So pads at the end count as one, which no other sample sees."""
     starts = F.pad(document_ids.diff(dim=1) != 0, (1, 0), value=True)
     columns = torch.arange(starts.shape[1], device=starts.device)
     return columns - (columns * starts).cummax(1).values, starts
@@ -384,15 +385,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     B, _, group, T, _ = q.shape
     q, k, packed = q.to(v.dtype), k.to(v.dtype), isinstance(mask, tuple)   # RoPE is float32 under autocast
     if T == 1 and not packed:
-        # The query heads of a group see the same keys, like several tokens of one head. So none is repeated.
-        # A GPU's fused kernels read the columns of a head one after the other: 3584 of them take an H200 135
-        # µs, and two products 23 µs (in 16 bits, these have no gradients). On a CPU, the fused kernel wins.
+        # The query heads of a group see the same keys, like several tokens of one head. So no key is copied.
+        # A GPU's fused kernels read the columns of a head one after the other: 3584 columns take an H200 135
+        # µs, and two products 23 µs. (bmm with out_dtype has no gradients.) On a CPU, the fused kernel wins.
         products = q.is_cuda and not torch.is_grad_enabled()
         kernel = attend_in_two_products if products else F.scaled_dot_product_attention
         return kernel(q.squeeze(3), k, v, mask).reshape(B, 1, -1)
     q = q.flatten(1, 2)                            # (B, H, T, hd)
-    # Only flash attention reads shared keys and values as they are. It takes no mask, and 16 bits. float16 is
-    # left out, because older GPUs are used with it, which have no flash attention.
+    # Only flash attention reads shared keys and values without copies. It takes 16-bit numbers and no mask.
+    # float16 is left out: it is mostly used on older GPUs, which have no flash attention.
     gqa = "enable_gqa" in VARLEN if packed else mask is None and q.is_cuda and q.dtype == torch.bfloat16
     options = {"enable_gqa": True} if gqa else {}
     k, v = (k, v) if gqa else (t.repeat_interleave(group, 1) for t in (k, v))
@@ -404,7 +405,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     # Any fused kernel except cuDNN's. That one, the first choice on Hopper since torch 2.11, makes a plan for
     # every new length of a prompt, and its gradients under a mask can be NaN (pytorch issue 196678).
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    # A CPU's fused kernel is slow in 16 bits with gradients: 35 tokens take it 2.2 times as long, 128 as long.
+    # In 16 bits, a CPU's fused kernel is slow with gradients: for 35 tokens it takes 2.2 times as long.
     short = T <= 128 and q.dtype.itemsize == 2 and torch.is_grad_enabled() and not q.is_cuda
     with sdpa_kernel(kernels[-1:] if short else kernels) if q.is_cuda or short else contextlib.nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
@@ -479,10 +480,11 @@ class InternLM2(nn.Module):
                 document_ids=None, sizes=None) -> Tensor:
         """Embeddings x (B, T, D) -> hidden states (B, T, D) after the final norm, before the head.
 
-        attention_mask (B, T): 1 = real, 0 = pad. kv_cache: the tokens come after those that it holds, and are
-        added to them. lengths: the tokens that a row will have after a prefill in chunks (default: up to
-        now), for dynamic RoPE. Past max_position_embeddings, cached keys keep their base [repo]. document_ids
-        (B, T): see positions_and_mask; not together with a cache. sizes: see MonoInternVL.check_inputs.
+        attention_mask (B, T): 1 = real, 0 = pad. kv_cache: x continues the tokens that it holds, and is added
+        to them. lengths: for dynamic RoPE, the tokens of a row when a prefill in chunks is complete (default:
+        those until now). Cached keys are not rotated again when dynamic RoPE changes its base [repo].
+        document_ids (B, T): see positions_and_mask; not together with a cache. sizes: see
+        MonoInternVL.check_inputs.
         """
         B, T, _ = x.shape
         past, real = 0, None if attention_mask is None else attention_mask.bool()
@@ -534,8 +536,9 @@ class MonoInternVL(nn.Module):
         self.language_model = InternLM2(c)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
-                # 1/sqrt(fan-in): 0.022 at the width of the 2B model, and right for a tiny one too. Embeddings
-                # as large as what layers add to them, patches that stand out from their positions [ours]
+                # 1/sqrt(fan-in): 0.022 at the width of the 2B model, and right for a tiny one, too.
+                # Embeddings get 1, the size of what layers add to them. Patches get twice the std, so that
+                # their position embeddings do not drown them [ours].
                 std = 1.0 if isinstance(module, nn.Embedding) else module.weight[0].numel() ** -0.5
                 std = 2 * std if isinstance(module, nn.Conv2d) else std
                 nn.init.normal_(module.weight, std=std)
@@ -581,10 +584,11 @@ class MonoInternVL(nn.Module):
         attention_mask (B, T), 1 = real token; labels (B, T) int64, -100 = ignored, shifted inside.
         Without labels: logits (B, T, V), None. With labels: None, the mean cross-entropy over the supervised
         tokens; the head runs on their positions only.
-        reduction "none": their losses one by one, (supervised,), in reading order.
-        document_ids (B, T) int64: several samples are packed in a row, one after the other, as 1, 2, ...; 0 =
-        pad. A sample's logits, loss and positions are as if it were alone.
-        sizes: what check_inputs said of this batch. If it saw it on the CPU, nothing here waits for a GPU.
+        reduction "none": the loss of each supervised token, (supervised,), in reading order.
+        document_ids (B, T) int64: the number 1, 2, ... of the sample that a token belongs to, if a row packs
+        several samples; 0 = pad. A sample's logits, loss and positions are as if it were alone.
+        sizes: what check_inputs returned for this batch. If it was called with CPU tensors, before they were
+        copied to a GPU, nothing here waits for the GPU.
         Raises InputError for inputs that do not fit: shapes, ids, tiles per <IMG_CONTEXT>, context length.
         """
         sizes = sizes or self.check_inputs(input_ids, pixel_values, attention_mask, labels, document_ids)
@@ -607,8 +611,8 @@ class MonoInternVL(nn.Module):
         return None, losses if reduction == "none" else losses.mean()
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(n, D), (n,) -> cross-entropy (n,). The logits of many tokens fill gigabytes. Then they are made in
-        pieces of 256 MB, and once more for the gradients."""
+        """(n, D), (n,) -> cross-entropy (n,). The logits of many tokens would fill gigabytes. So they are
+        computed in pieces of 256 MB, which the backward pass computes again instead of keeping them."""
         def of_piece(hidden, targets):
             return F.cross_entropy(self.language_model.output(hidden).float(), targets, reduction="none")
 
@@ -620,9 +624,10 @@ class MonoInternVL(nn.Module):
 
     def check_inputs(self, input_ids, pixel_values, attention_mask, labels=None, document_ids=None) -> dict:
         """Raises InputError for inputs that do not fit forward; of pixel_values, only shape and dtype matter.
-        Returns what the host must know, with one sync on a GPU: "text" and "visual", the tokens of each
-        expert; "gaps", pads with a token on their right; "supervised", tokens that the loss is a mean over;
-        "samples", the packed ones and the runs of pads; "longest", the most tokens of one."""
+        Returns numbers that the host needs, with one sync if the tensors are on a GPU: "text" and "visual",
+        the tokens of each expert; "gaps", how many tokens directly follow a pad; "supervised", how many
+        tokens the loss is a mean over. For packed rows also "samples", where a run of pads counts as one,
+        "longest", the most tokens of a sample, and "longest_real", the same without pads."""
         c, shape = self.config, tuple(input_ids.shape)
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
             raise InputError(f"input_ids is {shape} {input_ids.dtype}, expected (B, T) int64 with B, T > 0")
@@ -704,7 +709,7 @@ class MonoInternVL(nn.Module):
         tensors = checkpoint.read_llm_tensors(folder, config, sizes.vocab_size, dtype, device, num_tokens)
         tensors |= {name: tensors[text].clone() for name in model.state_dict() if "_ve." in name
                     if (text := name.replace("_ve.", ".")) in tensors}
-        # The random vision embedding and mlp1 come from a model that has almost no LLM.
+        # The random vision embedding and mlp1 are taken from a second model, whose LLM is tiny.
         seeing = cls(replace(config, num_hidden_layers=1, intermediate_size=1, attn_experts="",
                              vocab_size=1 + (config.img_context_token_id or 0)))
         tensors |= {name: t.to(device, dtype) for name, t in seeing.state_dict().items()

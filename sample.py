@@ -28,10 +28,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
+from benchmarks import boxes
 from budget import peak_memory
 from checkpoint import newest_checkpoint
 from common import InputError, auto_device, flag, parse_flags
-from data import JsonlDataset, TextStream, Tokenizer, collate, encode_conversation, load_image, turns
+from data import JsonlDataset, TextStream, Tokenizer, collate, encode_conversation, turns
 from generate import KVCache, check_options
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 
@@ -67,7 +68,8 @@ class Flags:
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
     prefill_chunk: int | None = flag(4096, "tokens of the prompt read at a time: bounds memory")
     cuda_graphs: bool = flag(True, "on a GPU, replay decoding steps as CUDA graphs")
-    compile: bool = flag(False, "compile the decoding step: a minute at the start, then faster on a GPU")
+    compile: bool | None = flag(None, "compile the decoding step: a minute first, then faster on a GPU; "
+                                "None: for a chat or a file of questions on a GPU")
 
 
 @contextlib.contextmanager
@@ -81,6 +83,11 @@ def explain_out_of_memory(advice: str):
         raise InputError(f"out of memory; {advice}") from None
 
 
+def compiles(flags: Flags, device_type: str) -> bool:
+    """Whether the decoding step is compiled. One question would wait a minute for it."""
+    return flags.compile if flags.compile is not None else device_type == "cuda" and flags.prompt is None
+
+
 def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
     name = flags.device if flags.device != "auto" else auto_device()
     try:
@@ -92,7 +99,11 @@ def load_model(folder: Path, tok: Tokenizer, flags: Flags) -> MonoInternVL:
         model = MonoInternVL.from_pretrained(folder, getattr(torch, dtype), device).eval()
     if len(tok) > model.config.vocab_size:
         raise InputError(f"{folder}'s tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}")
-    model.moe, model.cuda_graphs, model.compile_decode = flags.moe, flags.cuda_graphs, flags.compile
+    model.moe, model.cuda_graphs = flags.moe, flags.cuda_graphs
+    model.compile_decode = compiles(flags, device.type)
+    if model.compile_decode:
+        print("decoding is compiled, which takes about a minute once; --no-compile does without",
+              file=sys.stderr)
     return model
 
 
@@ -134,7 +145,7 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
     stream, answer, times = TextStream(tok, skip_special_tokens=False), [], [time.perf_counter()]
     with contextlib.suppress(KeyboardInterrupt), explain_out_of_memory(f"lower {LESS_MEMORY}"):
         for token in model.generate(
-                torch.tensor([input_ids]), torch.cat(tiles).to(device) if tiles else None,
+                torch.tensor([input_ids]), data.normalise(torch.cat(tiles).to(device)) if tiles else None,
                 kv_cache=cache, num_tokens=len(tok), **options):
             times.append(time.perf_counter())
             if int(token) in options["eos_token_id"]:
@@ -158,16 +169,15 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
 def draw_boxes(picture: Image.Image, answer: str, output: str):
     """Draws what an answer grounds, <ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>, onto the picture.
     Coordinates are thousandths of its width and height."""
-    number = r"\s*(\d+(?:\.\d+)?)\s*"
-    boxes = [(ref, box) for ref, text in re.findall(r"(?:<ref>([^<]*)</ref>\s*)?<box>([^<]*)</box>", answer)
-             for box in re.findall(rf"\[{','.join([number] * 4)}\]", text)]
-    if not boxes:
+    named = [(ref, box) for ref, text in re.findall(r"(?:<ref>([^<]*)</ref>\s*)?<box>([^<]*)</box>", answer)
+             for box in boxes(text)]
+    if not named:
         print("the answer names no box, nothing is drawn", file=sys.stderr)
         return
     draw, size = ImageDraw.Draw(picture), max(picture.size)
-    for (ref, box), color in zip(boxes, itertools.cycle(["red", "lime", "cyan", "yellow"]), strict=False):
-        left, right = sorted(float(x) * picture.width / 1000 for x in box[::2])
-        top, bottom = sorted(float(y) * picture.height / 1000 for y in box[1::2])
+    for (ref, box), color in zip(named, itertools.cycle(["red", "lime", "cyan", "yellow"]), strict=False):
+        left, right = sorted(x * picture.width / 1000 for x in box[::2])
+        top, bottom = sorted(y * picture.height / 1000 for y in box[1::2])
         draw.rectangle((left, top, right, bottom), outline=color, width=max(1, size // 300))
         draw.text((left + 2, top), ref, color, font_size=max(10, size // 40))
     picture.save(output, "PNG")
@@ -177,9 +187,9 @@ def draw_boxes(picture: Image.Image, answer: str, output: str):
 
 def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
          load: Callable[[str], torch.Tensor], flags: Flags):
-    """Reads messages until the end of input. images, (n_tiles, 3, S, S) each, belong to the next message. All
-    turns share a cache. The prompt of a turn begins with the tokens of the conversation so far, so the model
-    reads only what is new."""
+    """Reads messages until the end of input. images, (n_tiles, 3, S, S) uint8 each, belong to the next
+    message. All turns share a cache. The prompt of a turn begins with the tokens of the conversation so far,
+    so the model reads only what is new."""
     print(GREETING, file=sys.stderr)
     cache, ids, tiles = KVCache(model.config), [], []          # tokens and tiles of the conversation so far
     with contextlib.suppress(ImportError):
@@ -213,6 +223,14 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
 
 
 # ---------------------------------------------------------------- a file of questions
+
+def in_batches(samples: list[dict], size: int, room: int) -> list[list[dict]]:
+    """Batches of questions of similar length. A batch ends when its longest row fills the context, so those
+    of more than `room` tokens, whose answers may do that, are asked alone."""
+    samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
+    short = [sample for sample in samples if len(sample["input_ids"]) <= room]
+    return [short[i:i + size] for i in range(0, len(short), size)] + [[s] for s in samples[len(short):]]
+
 
 class Questions(JsonlDataset):
     """The lines of --input. A sample has what collate needs, and its "question"."""
@@ -252,39 +270,29 @@ class Questions(JsonlDataset):
                 "pixel_values": torch.cat(tiles) if tiles else None, "question": conversation[-1]["value"]}
 
     def batches(self, todo: list[int], flags: Flags, bar: tqdm) -> Iterator[list[dict]]:
-        """The questions `todo` in batches of similar length, made from 4 · batch_size questions at a time.
-        Those that cannot be asked are left out, named on stderr, and counted in the bar."""
-        size = flags.batch_size
-        for start in range(0, len(todo), 4 * size):
+        """The questions `todo` in batches, made from 4 · batch_size questions at a time. Those that cannot be
+        asked are left out, named on stderr, and counted in the bar."""
+        for start in range(0, len(todo), 4 * flags.batch_size):
             samples = []
-            for i in todo[start:start + 4 * size]:
+            for i in todo[start:start + 4 * flags.batch_size]:
                 try:
                     samples.append({**self[i], "index": i})
                 except InputError as e:
                     self.left_out += 1
                     bar.update()
                     tqdm.write(f"left out: {e}", file=sys.stderr)
-            samples.sort(key=lambda sample: len(sample["input_ids"]))
-            # A batch ends when its longest row fills the context. Questions that may do so are asked alone.
-            room = self.max_tokens - flags.max_new_tokens
-            short = [sample for sample in samples if len(sample["input_ids"]) <= room]
-            yield from (short[i:i + size] for i in range(0, len(short), size))
-            yield from ([sample] for sample in samples[len(short):])
+            yield from in_batches(samples, flags.batch_size, self.max_tokens - flags.max_new_tokens)
 
 
-def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict], flags: Flags,
-                 cache: KVCache) -> list[tuple[list[int], bool]]:
-    """The tokens of each answer without the one that ends it, and whether there was one."""
-    batch = collate(samples, tok.pad_id, left=True)
-    device, options = next(model.parameters()).device, generate_options(tok, flags)
+def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
+                 **options) -> list[tuple[list[int], bool]]:
+    """The tokens of each answer without the one that ends it, and whether there was one. options: those of
+    generate, eos_token_id a tuple."""
+    batch, ends = collate(samples, tok.pad_id, left=True), set(options["eos_token_id"])
     del batch["labels"]
     if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
-        batch["pixel_values"] = batch["pixel_values"].to(device)
-    if flags.seed is not None:                     # a seed for each row: as if each were asked alone
-        options["seed"] = [flags.seed] * len(samples)
-    with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
-        tokens = list(model.generate(**batch, **options, kv_cache=cache, num_tokens=len(tok)))
-    ends = set(options["eos_token_id"])
+        batch["pixel_values"] = data.normalise(batch["pixel_values"].to(next(model.parameters()).device))
+    tokens = list(model.generate(**batch, **options, num_tokens=len(tok)))
     return [(list(itertools.takewhile(lambda token: token not in ends, row)), not ends.isdisjoint(row))
             for row in torch.stack(tokens, 1).tolist()]
 
@@ -296,13 +304,12 @@ def open_in_place(output: Path) -> int | None:
         return os.dup(1)
     if not output.exists() or output.is_file():
         return None
-    fifo = output.is_fifo()                        # without O_NONBLOCK, opening it waits for a reader
     try:
-        fd = os.open(output, os.O_WRONLY | (os.O_NONBLOCK if fifo else 0))
+        fd = os.open(output, os.O_WRONLY | os.O_NONBLOCK)      # else a pipe would wait here for its reader
     except OSError as e:
-        raise InputError(f"{output} cannot be written: {e.strerror}" + "; nobody reads it" * fifo) from None
-    if fifo:
-        os.set_blocking(fd, True)
+        nobody = "; nobody reads it" * output.is_fifo()
+        raise InputError(f"{output} cannot be written: {e.strerror}{nobody}") from None
+    os.set_blocking(fd, True)
     return fd
 
 
@@ -346,7 +353,8 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch
     """Answers --input. Each batch of answers is appended to --output as soon as it is there, and the file is
     sorted at the end. A run that is stopped loses one batch at most, and the same command continues it."""
     questions, output = Questions(flags, tok, model.config, load), Path(flags.output)
-    in_place, cache, answers = open_in_place(output), KVCache(model.config), {}
+    in_place, options, answers = open_in_place(output), generate_options(tok, flags), {}
+    options["kv_cache"] = KVCache(model.config)
     if in_place is None:
         answers = read_answers(questions, output)
         write_answers(output, answers)
@@ -356,7 +364,10 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch
     try:
         with open(output if in_place is None else os.devnull, "ab") as file:
             for batch in questions.batches(todo, flags, bar):
-                results = answer_batch(model, tok, batch, flags, cache)
+                if flags.seed is not None:         # a seed for each row: as if each were asked alone
+                    options["seed"] = [flags.seed] * len(batch)
+                with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
+                    results = answer_batch(model, tok, batch, **options)
                 for sample, (ids, finished) in zip(batch, results, strict=True):
                     number = questions.line_numbers[sample["index"]]
                     # Half a surrogate pair has no UTF-8. backslashreplace writes it as JSON does: \ud800.
@@ -407,7 +418,7 @@ def run(flags: Flags):
     for name, value in {**vars(flags), "max_tiles": max_tiles}.items():
         if name in ("batch_size", "max_tiles", "max_new_tokens", "max_pixels") and value < 1:
             raise InputError(f"--{name} is {value}, expected at least 1")
-    load = partial(load_image, max_tiles=max_tiles, image_size=config.image_size,
+    load = partial(data.load_tiles, max_tiles=max_tiles, image_size=config.image_size,
                    use_thumbnail=config.use_thumbnail, min_tiles=min(max_tiles, config.min_dynamic_patch),
                    max_pixels=flags.max_pixels)
     images = [load(path) for path in flags.image]  # before the weights: a wrong name shows at once

@@ -22,7 +22,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch.utils.data import Dataset
 
 from checkpoint import IMAGE_TOKENS
-from data import Tokenizer, encode_conversation, load_image, turns
+from data import Tokenizer, encode_conversation, load_tiles, turns
 
 IMAGE_SIZE = 48                                    # pixels of a tile
 COLORS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 89, 214), "yellow": (240, 210, 30),
@@ -243,7 +243,7 @@ class World(Dataset):
     def __getitem__(self, i: int) -> dict:
         rng = random.Random(f"{self.split}/{self.seed}/{self.stage}/{i}")
         conversation, image = world_conversation(self.stage, rng, self.split)
-        tiles = None if image is None else load_image(image, self.max_tiles, IMAGE_SIZE)
+        tiles = None if image is None else load_tiles(image, self.max_tiles, IMAGE_SIZE)
         ids, labels = encode_conversation(self.tok, conversation, [] if tiles is None else [len(tiles)],
                                           self.config.tokens_per_tile)
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": tiles,

@@ -25,7 +25,7 @@ def source_hash(notebook) -> str:
 def execute(path: Path):
     """The notebook with new outputs, run in its folder; the file is left alone. Raises CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, record_timing=False,
+    NotebookClient(notebook, timeout=3600, record_timing=False,
                    resources={"metadata": {"path": str(path.parent)}}).execute()
     notebook.metadata["outputs_of_source"] = source_hash(notebook)
     return notebook
