@@ -41,12 +41,7 @@ import checkpoint
 import common
 import data
 from common import InputError, flag, full_tensor, parse_flags, rank, read_json, say, world_size
-from data import (
-    MAX_PIXELS,
-    Batches,
-    Tokenizer,
-    normalise,
-)
+from data import MAX_PIXELS, Batches, Tokenizer, normalise
 from evaluate import delta_verdict, icons_report, plot_loss, plot_predictions, print_table, world_accuracy
 from icons import Icons
 from mono_internvl import MonoInternVL, MonoInternVLConfig
