@@ -5,16 +5,14 @@
     python bench.py infer          time to the first token and decoding rate of whole models
     python bench.py train          optimizer steps of the tiny model and of layers of full width
     python bench.py data           photos become tiles
-    python bench.py all            these four; --quick: fewer sizes and rounds
+    python bench.py all            kernels, infer, train and data; --quick: fewer sizes and rounds
     python bench.py report         writes RESULTS.md from the measurements in assets/
 
 Each measurement is printed as it comes. The last line is all of them as JSON, which --json FILE keeps. --help
 after a command lists its flags. Every back end is compared with the dense reference before it is timed.
 
-In this order: measuring and tables; the commands, each with its flags, its tables and what RESULTS.md says
-beside them; the report; main.
+In this order: measuring; the commands, each with its flags and its tables; the report; main.
 """
-import collections
 import functools
 import itertools
 import json
@@ -28,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -410,7 +409,7 @@ def decoding(model, mode: str, cache: KVCache, batch: int, cached: int, steps: i
 def prefill(ours: MonoInternVL, modular: Modular, batch: int, limit: dict,
             flags: InferFlags) -> Iterator[dict]:
     """Times to the first token. limit: what `ceilings` returned."""
-    c, cases, caches = ours.config, {}, collections.defaultdict(lambda: KVCache(ours.config))
+    c, cases, caches = ours.config, {}, defaultdict(lambda: KVCache(ours.config))
     for tiles in flags.tiles:
         inputs = random_prompt(c, tiles, batch, flags.device)
         for back_end in flags.back_ends:
@@ -680,9 +679,7 @@ def data_tables(result: dict) -> str:
         "MB/s of tiles": f"{r['pixels_mb_s']:.0f}"} for r in result["rows"]])
 
 
-# ---------------------------------------------------------------- report: RESULTS.md
-
-# ---------------------------------------------------------------- all of it
+# ---------------------------------------------------------------- all
 
 QUICK = {"kernels": "--image_tiles 0 1 7 --rounds 5",
          "infer": "--tiles 1 7 --batches 1 --rounds 3" + " --layers 8" * GPU,          # less to compile
@@ -709,6 +706,9 @@ def measure_all(flags: AllFlags) -> int:
         print(f"{name}: {time.time() - started:.0f} s\n", flush=True)
     return status
 
+
+# ---------------------------------------------------------------- report: RESULTS.md
+
 def tables_of(pattern: str, made_by: str, tables) -> str:
     """A heading, how it was measured, the tables and the picture of each file in assets/."""
     parts = []
@@ -719,7 +719,7 @@ def tables_of(pattern: str, made_by: str, tables) -> str:
     return "\n\n".join(parts)
 
 
-def report():
+def report() -> int:
     """Writes RESULTS.md: assets/results.md with the tables of the measurements in assets/. Both folders are
     in the current one."""
     if not Path("assets/results.md").exists():
@@ -744,6 +744,7 @@ def report():
         "resources": tables_of("kernel_resources*.json", "`{command}`, nvcc {nvcc}.", resources_table)}
     text = Template(Path("assets/results.md").read_text(encoding="utf-8")).substitute(values)
     Path("RESULTS.md").write_text(text, encoding="utf-8")
+    return 0
 
 
 # ---------------------------------------------------------------- main
@@ -759,8 +760,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv[0] in ("-h", "--help") else 2
     try:
         if argv[0] == "report":
-            report()
-            return 0
+            return report()
         if argv[0] == "all":
             return measure_all(parse_flags(AllFlags, argv[1:]))
         flags_of, run = COMMANDS[argv[0]]

@@ -41,12 +41,7 @@ import checkpoint
 import common
 import data
 from common import InputError, flag, full_tensor, parse_flags, rank, read_json, say, world_size
-from data import (
-    MAX_PIXELS,
-    Batches,
-    Tokenizer,
-    normalise,
-)
+from data import MAX_PIXELS, Batches, Tokenizer, normalise
 from evaluate import delta_verdict, icons_report, plot_loss, plot_predictions, print_table, world_accuracy
 from icons import Icons
 from mono_internvl import MonoInternVL, MonoInternVLConfig
@@ -143,7 +138,7 @@ SWITCH = ["auto", "on", "off"]
 @dataclass
 class Flags:
     recipe: str = flag("evip++", "evip (v1) or evip++ (1.5)", choices=list(RECIPES))
-    preset: str = flag("tiny", "which table of stages: tiny, 2b or llava_sft", choices=list(PRESETS))
+    preset: str = flag("tiny", "which table of stages", choices=list(PRESETS))
     stages: list[str] = flag([], "stages to run, e.g. S1.3 S2 (default: all)")
     out: str | None = flag(None, "folder of the run (default: out/RECIPE or out/RECIPE-PRESET)")
     init_from: str | None = flag(None, "folder to start from: a Mono-InternVL, InternLM2 or Llama layout")
