@@ -43,7 +43,7 @@ from benchmarks import BENCHMARKS, OWN, Tsv, aggregate, prompt, score  # noqa: F
 from checkpoint import newest_checkpoint
 from common import InputError, flag, parse_flags, rank, read_json, wait_for_all, world_size
 from data import IGNORED, Tokenizer, collate, encode_conversation, load_tiles, normalise, open_image, turns
-from icons import Pictures, plain_scene, test_questions
+from icons import TEST_HAND, Pictures, plain_scene, test_questions
 from mono_internvl import MonoInternVL
 from sample import answer_batch, explain_out_of_memory, in_batches, load_model
 from world import KINDS, TASKS, World, held_out_questions, is_correct, make_picture
@@ -197,9 +197,9 @@ def plot_loss(log: Path, path: Path):
     fig.savefig(path, dpi=120)
 
 
-def plot_predictions(examples: list, path) -> None:
+def plot_predictions(examples: list, path, source: str = "") -> None:
     """Twenty pictures with question and answer: green if the answer is right, else red with the right one.
-    Boxes are drawn instead of written, right ones that the model missed dashed."""
+    Boxes are drawn instead of written, right ones that the model missed dashed. source: whose pictures."""
     fig = Figure(figsize=(15, 14))
     room = {"left": 0.01, "right": 0.99, "bottom": 0.04, "top": 0.93, "hspace": 0.4, "wspace": 0.12}
     axes = fig.subplots(4, 5, gridspec_kw=room)              # five lines fit above each picture
@@ -219,6 +219,7 @@ def plot_predictions(examples: list, path) -> None:
         ax.set_title("\n".join(lines), fontsize=11, color=color)
     fig.text(0.28, 0.01, "green: the answer is right", color="darkgreen", fontsize=14)
     fig.text(0.48, 0.01, "red: it is wrong, and the right one follows", color="firebrick", fontsize=14)
+    fig.text(0.01, 0.97, source, fontsize=14)
     fig.savefig(path, dpi=180)
 
 
@@ -342,7 +343,9 @@ def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: t
     print_table(report["tasks"])
     print(f"{len(known)} of {len(report['capitals'])} capitals are known in text; of them, "
           f"{sum(row['capital'] in row['seeing the flag'] for row in known)} are said in front of the flag")
-    plot_predictions(random.Random(0).sample(examples, min(20, len(examples))), run / "predictions.png")
+    drawn = next(picture for picture in Pictures(data).pictures if picture["hand"] == TEST_HAND)
+    plot_predictions(random.Random(0).sample(examples, min(20, len(examples))), run / "predictions.png",
+                     "Drawings: {hand} by {author}, {licence}".format(**drawn))
     return report
 
 
