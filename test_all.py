@@ -4593,6 +4593,14 @@ def events_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def test_a_big_model_is_never_trained_at_the_tiny_models_learning_rate(monkeypatch):
+    stage, flags = stage_of("S2"), train_evip.Flags
+    assert train_evip.peak_lr(tiny(), stage, flags()) == stage.lr > 4e-5
+    monkeypatch.setattr(train_evip, "is_big", lambda model: True)
+    for chosen, expected in (flags(), 4e-5), (flags(lr=0.1), 0.1), (flags(preset="2b"), stage.lr):
+        assert train_evip.peak_lr(tiny(), stage, chosen) == expected
+
+
 @pytest.mark.parametrize("recipe", ["evip", "evip++"])
 def test_a_stage_trains_what_the_paper_says_and_learning_to_see_leaves_text_bitwise_as_it_was(
         recipe, world_tok, tmp_path):

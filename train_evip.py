@@ -285,10 +285,17 @@ def moments(model: MonoInternVL, optimizer: torch.optim.AdamW) -> dict[str, Tens
             if p.requires_grad for key in ("exp_avg", "exp_avg_sq")}
 
 
-def learning_rate(step: int, steps: int, stage: Stage, flags: Flags) -> float:
+def peak_lr(model: MonoInternVL, stage: Stage, flags: Flags) -> float:
+    """--lr, or the table's. The tiny model's rates would ruin a big model, which takes that of the
+    official fine-tuning [ours]."""
+    if flags.lr is not None:
+        return flags.lr
+    return SFT.lr if flags.preset == "tiny" and is_big(model) else stage.lr
+
+
+def learning_rate(step: int, steps: int, peak: float, stage: Stage, flags: Flags) -> float:
     """Rises linearly during the warmup, then stays, or falls to zero along a cosine."""
     warmup = max(1, round(flags.warmup * steps))
-    peak = stage.lr if flags.lr is None else flags.lr
     if step < warmup:
         return peak * (step + 1) / warmup
     if stage.schedule == "constant":
@@ -490,7 +497,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
                 loss_sum, own["text"], own["visual"], len(stopped))
             loss /= max(1, supervised)
             progress.check_finite(step, loss, norm, not_finite)
-            lr = learning_rate(step, steps, stage, flags)
+            lr = learning_rate(step, steps, peak_lr(model, stage, flags), stage, flags)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
@@ -580,7 +587,7 @@ def print_stages(stages: list[Stage], done: list[str], model: MonoInternVL, flag
         size, accum = batch_plan(model, s, flags, processes)
         own = f"{EPOCHS} ep." if flags.data and flags.preset == "tiny" else s.steps
         say(f"{s.name:6}{s.goal:34}{s.trainable:20}{s.max_tiles:5}{flags.steps or own:>8}"
-            f"{size * accum * processes:7}{s.lr if flags.lr is None else flags.lr:8.0e}  {s.paper}"
+            f"{size * accum * processes:7}{peak_lr(model, s, flags):8.0e}  {s.paper}"
             + ("  (done)" if s.name in done else ""))
 
 
