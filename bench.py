@@ -734,6 +734,9 @@ def report() -> int:
             "task": task, **{f"seed {run['seed']}": f"{run['tasks'][task]['accuracy']:.0%}" for run in runs},
             "blank image (seed 0)": f"{row['blank']:.0%}", "chance": f"{row['chance']:.0%}"}
             for task, row in runs[0]["tasks"].items()]),
+        "icons": tables_of("icons.json", "`{command}`, {hardware}, torch {torch}.", lambda result: table([
+            {"questions": name, "number": row["n"], "right": f"{row['accuracy']:.1%}",
+             "blank picture": f"{row['blank']:.1%}"} for name, row in result["tasks"].items()])),
         "ablation_torch": ablations["torch"], "ablation": ablation_table(ablations),
         "train": tables_of("bench_train_*.json", timed, train_tables),
         "infer": tables_of("bench_infer_*.json", timed, infer_tables),
