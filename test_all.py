@@ -3912,10 +3912,11 @@ def test_the_picture_of_predictions_has_whole_texts_in_the_color_of_the_verdict_
         (picture, "Is it?", said, said, True),
         (picture, "Find red.", f"{truth} {box.format('0, 0, 500, 250')}",
          f"{said} {box.format('250, 500, 750, 1000')}", False)], tmp_path / "predictions.png")
-    right, wrong = figures[0].axes[:2]
+    right, wrong, *empty = figures[0].axes
     assert right.get_title().split() == f"Is it? {said}".split()
     assert wrong.get_title().split() == f"Find red. {said} (box) right: {truth} (box)".split()
     assert [ax.title.get_color() for ax in (right, wrong)] == ["darkgreen", "firebrick"]
+    assert right.axison and wrong.axison and not any(ax.axison for ax in empty)
     assert not right.lines and [line.get_linestyle() for line in wrong.lines] == ["-", "--"]
     assert [line.get_xydata()[::2].tolist() for line in wrong.lines] == [
         [[12, 24], [36, 48], [12, 24]], [[0, 0], [24, 12], [0, 0]]]
