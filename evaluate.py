@@ -216,7 +216,9 @@ def plot_predictions(examples: list, path, source: str = "") -> None:
                 ax.plot((x1, x2, x2, x1, x1), (y1, y1, y2, y2, y1), style, linewidth=3,
                         color="lime" if is_right else "red")
         lines = [textwrap.fill(re.sub("<ref>.*", "(box)", line), 36) for line in lines]
-        ax.set_title("\n".join(lines), fontsize=11, color=color)
+        ax.set_title("\n".join(lines), fontsize=11, color=color, parse_math=False)     # a $ is a $
+    for ax in axes.flat[len(examples):]:
+        ax.set_axis_off()
     fig.text(0.28, 0.01, "green: the answer is right", color="darkgreen", fontsize=14)
     fig.text(0.48, 0.01, "red: it is wrong, and the right one follows", color="firebrick", fontsize=14)
     fig.text(0.01, 0.97, source, fontsize=14)

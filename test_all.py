@@ -3977,24 +3977,27 @@ def test_a_stage_mixes_kinds_of_samples_of_its_split_and_text_alone_answers_its_
     assert {split_of(picture) for picture in drawn} == {"test"}
 
 
-
-def test_the_picture_of_predictions_has_whole_texts_in_the_color_of_the_verdict_and_draws_boxes(monkeypatch):
-    figures = []
-    monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+def test_the_picture_of_predictions_has_whole_texts_in_the_color_of_the_verdict_and_draws_boxes(
+        tmp_path, monkeypatch):
+    figures, save = [], evaluate.Figure.savefig
+    monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, path, dpi: (
+        figures.append(figure), save(figure, path, dpi=20)))               # a small one is drawn sooner
     picture = world.make_picture(random.Random(0), "scene")
-    said = "red is bottom right. blue is bottom left, and so is the one that is purple. yes."
+    said = "red is bottom right. blue is bottom left, and so is the one of $x_$. yes."      # no formula
     truth, box = "red is top.", "<ref>red</ref><box>[[{}]]</box>"
     evaluate.plot_predictions([
         (picture, "Is it?", said, said, True),
         (picture, "Find red.", f"{truth} {box.format('0, 0, 500, 250')}",
-         f"{said} {box.format('250, 500, 750, 1000')}", False)], "unused.png")
-    right, wrong = figures[0].axes[:2]
+         f"{said} {box.format('250, 500, 750, 1000')}", False)], tmp_path / "predictions.png")
+    right, wrong, *empty = figures[0].axes
     assert right.get_title().split() == f"Is it? {said}".split()
     assert wrong.get_title().split() == f"Find red. {said} (box) right: {truth} (box)".split()
     assert [ax.title.get_color() for ax in (right, wrong)] == ["darkgreen", "firebrick"]
+    assert right.axison and wrong.axison and not any(ax.axison for ax in empty)
     assert not right.lines and [line.get_linestyle() for line in wrong.lines] == ["-", "--"]
     assert [line.get_xydata()[::2].tolist() for line in wrong.lines] == [
         [[12, 24], [36, 48], [12, 24]], [[0, 0], [24, 12], [0, 0]]]
+
 
 # ---------------------------------------------------------------- a real language model
 
