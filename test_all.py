@@ -45,7 +45,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jinja2  # comes with torch
-import nbformat
 import numpy as np
 import pytest
 import safetensors.torch
@@ -4425,6 +4424,7 @@ def test_notebooks_run_from_top_to_bottom(tmp_path):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_kept_outputs_belong_to_the_code_above_them(name):
+    nbformat = pytest.importorskip("nbformat")     # a machine with a GPU may lack what runs notebooks
     notebook = nbformat.read(HERE / "notebooks" / name, as_version=4)
     source_hash = runpy.run_path(str(HERE / "notebooks" / "execute.py"))["source_hash"]
     assert notebook.metadata["outputs_of_source"] == source_hash(notebook), \
@@ -4436,9 +4436,9 @@ def test_kept_outputs_belong_to_the_code_above_them(name):
     assert all((HERE / "notebooks" / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose))
 
 
-@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name != "02_moe_kernel.ipynb"])
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_has_short_cells_with_prose_between_them_versions_first_and_exercises_last(name):
-    cells = nbformat.read(HERE / "notebooks" / name, as_version=4).cells
+    cells = pytest.importorskip("nbformat").read(HERE / "notebooks" / name, as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
     assert [cell.source for cell in code if len(cell.source.splitlines()) > 15] == []
     assert [b.source for a, b in itertools.pairwise(cells) if a.cell_type == b.cell_type == "code"] == []
