@@ -221,7 +221,7 @@ def plot_predictions(examples: list, path, source: str = "") -> None:
         ax.set_axis_off()
     fig.text(0.28, 0.01, "green: the answer is right", color="darkgreen", fontsize=14)
     fig.text(0.48, 0.01, "red: it is wrong, and the right one follows", color="firebrick", fontsize=14)
-    fig.text(0.01, 0.97, source, fontsize=14)
+    fig.text(0.01, 0.985, source, fontsize=14)
     fig.savefig(path, dpi=180)
 
 
