@@ -85,7 +85,7 @@ def provenance(argv: list[str], flags: Flags) -> dict:
         hardware = f"{named[1] if named else platform.processor()}, {torch.get_num_threads()} threads"
     return {"bench": argv[0], "command": shlex.join(["python", "bench.py", *argv]), "hardware": hardware,
             "torch": torch.__version__, "device": flags.device,
-            "clock": "CPU time" if flags.cpu_time else "wall time"}
+            "clock": "CPU time" if flags.cpu_time else "wall time", "date": time.strftime("%Y-%m-%d")}
 
 
 def record(result: dict, kind: str, row: dict, flags: Flags):
@@ -714,7 +714,8 @@ def tables_of(pattern: str, made_by: str, tables) -> str:
     parts = []
     for file in sorted(Path("assets").glob(pattern)):
         result, picture = read_json(file), file.with_suffix(".png")
-        parts += [f"#### `{file}`", made_by.format(**result), tables(result)]
+        made_on = f"{made_by.format(**result)}, {result.get('date', 'date not recorded')}."
+        parts += [f"#### `{file}`", made_on, tables(result)]
         parts += [f"![The same as a picture]({picture})"] * picture.exists()
     return "\n\n".join(parts)
 
@@ -725,7 +726,7 @@ def report() -> int:
     if not Path("assets/results.md").exists():
         raise InputError("there is no assets/results.md: run this in the folder of the project")
     runs = [read_json(f"assets/results_seed{seed}.json") for seed in (0, 1)]
-    ablations, timed = read_json("assets/ablation.json"), "`{command}` on {hardware}, torch {torch}, {clock}."
+    ablations, timed = read_json("assets/ablation.json"), "`{command}` on {hardware}, torch {torch}, {clock}"
     values = {
         "torch": runs[0]["torch"], "seconds": f"{runs[0]['seconds']:.0f}",
         "before": f"{runs[0]['S1.1']['text loss before']:.6f}",
@@ -734,7 +735,7 @@ def report() -> int:
             "task": task, **{f"seed {run['seed']}": f"{run['tasks'][task]['accuracy']:.0%}" for run in runs},
             "blank image (seed 0)": f"{row['blank']:.0%}", "chance": f"{row['chance']:.0%}"}
             for task, row in runs[0]["tasks"].items()]),
-        "icons": tables_of("icons.json", "`{command}`, {hardware}, torch {torch}.", lambda result: table([
+        "icons": tables_of("icons.json", "`{command}`, {hardware}, torch {torch}", lambda result: table([
             {"questions": name, "number": row["n"], "right": f"{row['accuracy']:.1%}",
              "blank picture": f"{row['blank']:.1%}"} for name, row in result["tasks"].items()])),
         "ablation_torch": ablations["torch"], "ablation": ablation_table(ablations),
@@ -742,9 +743,9 @@ def report() -> int:
         "infer": tables_of("bench_infer_*.json", timed, infer_tables),
         "kernels": tables_of("bench_kernels_*.json", timed, kernels_tables),
         "data": tables_of("bench_data_*.json", timed, data_tables),
-        "chosen": tables_of("moe_kernel_*.json", "`python moe_kernel.py` on {device}, torch {torch}.",
+        "chosen": tables_of("moe_kernel_*.json", "`python moe_kernel.py` on {device}, torch {torch}",
                             lambda result: chosen_table(result["microseconds"])),
-        "resources": tables_of("kernel_resources*.json", "`{command}`, nvcc {nvcc}.", resources_table)}
+        "resources": tables_of("kernel_resources*.json", "`{command}`, nvcc {nvcc}", resources_table)}
     text = Template(Path("assets/results.md").read_text(encoding="utf-8")).substitute(values)
     Path("RESULTS.md").write_text(text, encoding="utf-8")
     return 0
