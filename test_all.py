@@ -4596,6 +4596,19 @@ def events_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("flags, folder", [
+    ("", "out/evip++"), ("--recipe evip", "out/evip"), ("--data a --stages S2", "out/evip++"),
+    ("--data a --init_from b --stages S2", "out/evip++-own"),
+    ("--data a --init_from b --stages S2 --out c", "c"),
+    ("--data a --init_from b --preset icons", "out/evip++-icons")])
+def test_a_model_that_learns_from_own_data_does_not_replace_the_default_run(tmp_path, monkeypatch, flags,
+                                                                            folder):
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_evip, "run_stages", lambda stages, out, flags: seen.append(str(out)))
+    assert train_evip.main([*flags.split(), "--device=cpu", "--dtype=float32"]) == 0 and seen == [folder]
+
+
 def test_a_big_model_is_never_trained_at_the_tiny_models_learning_rate(monkeypatch):
     stage, flags = stage_of("S2"), train_evip.Flags
     assert train_evip.peak_lr(tiny(), stage, flags()) == stage.lr > 4e-5

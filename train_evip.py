@@ -140,7 +140,7 @@ class Flags:
     recipe: str = flag("evip++", "evip (v1) or evip++ (1.5)", choices=list(RECIPES))
     preset: str = flag("tiny", "which table of stages", choices=list(PRESETS))
     stages: list[str] = flag([], "stages to run, e.g. S1.3 S2 (default: all)")
-    out: str | None = flag(None, "folder of the run (default: out/RECIPE or out/RECIPE-PRESET)")
+    out: str | None = flag(None, "folder of the run (default: out/RECIPE, with -PRESET or -own behind it)")
     init_from: str | None = flag(None, "folder to start from: a Mono-InternVL, InternLM2 or Llama layout")
     data: str | None = flag(None, "meta.json of your own data, or for icons its folder (default: the world)")
     batch_size: int | None = flag(None, "samples per forward pass and process (default: 16, big models 4)")
@@ -774,7 +774,10 @@ def run(flags: Flags):
     choose_device(flags)
     if world_size() > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if flags.device.startswith("cuda") else "gloo")
-    out = Path(flags.out or f"out/{flags.recipe}" + f"-{flags.preset}" * (flags.preset != "tiny"))
+    # A model that learns from your own data must not replace the stages of the default run.
+    own = "own" if flags.data and flags.init_from else None
+    ending = own if flags.preset == "tiny" else flags.preset
+    out = Path(flags.out or f"out/{flags.recipe}" + (f"-{ending}" if ending else ""))
     torch.manual_seed(flags.seed)
     with nullcontext() if flags.dry_run else checkpoint.lock_run(out):
         run_stages(stages, out, flags)
