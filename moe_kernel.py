@@ -371,24 +371,37 @@ def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, prod
 
 # ---------------------------------------------------------------- the gradient of the routed product
 
-def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, wanted) -> list[Tensor | None]:
-    """dW (M, K) = dyᵀ x over each expert's tokens; dy (N, M), x (N, K) in permuted order.
+@torch.library.custom_op("mono_internvl::moe_weight_gradients", mutates_args=())
+def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """dW (2, M, K) = dyᵀ x over the tokens of each expert, first text; dy (N, M), x (N, K) in permuted order.
 
-    Only the device knows how many tokens an expert has. torch's grouped product reads that there and never
-    multiplies a row of another expert. On a GPU it does so for bfloat16 on Hopper and Blackwell (compute
-    capability 9 and 10). Otherwise it waits for the host, which a CUDA graph cannot capture. Then all rows
-    are multiplied, and those of others are set to zero before. A product with zero would not do, because
-    0 · NaN = NaN. If one expert learns alone, this is no more work: the grouped product computes both.
+    Only the device knows how many tokens an expert has. torch's grouped product reads that there: in bfloat16
+    on CPUs, Hopper and Blackwell (compute capability 9 and 10). Elsewhere the host waits for the numbers. It
+    is a short wait for each product, and it saves half of the multiplications. A CUDA graph cannot capture
+    it; then all rows are multiplied for both experts.
     """
     grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)          # since torch 2.10
-    if grouped_mm and all(wanted) and len(x) and x.dtype == torch.bfloat16 and (
+    if grouped_mm and len(x) and x.dtype == torch.bfloat16 and (
             x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)):
         ends = counts.cumsum(0, dtype=torch.int32)                         # pads come after them
-        return list(grouped_mm(dy.contiguous().T, x.contiguous(), offs=ends))
-    position = torch.arange(len(x), device=x.device)[:, None]
-    experts = position < counts[0], (position >= counts[0]) & (position < counts.sum())
-    return [torch.where(e, dy, 0).T @ torch.where(e, x, 0) if want else None
-            for e, want in zip(experts, wanted, strict=True)]
+        return grouped_mm(dy.contiguous().T, x.contiguous(), offs=ends)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.stack([_one_weight_gradient(dy, x, counts, expert) for expert in range(2)])
+    dw, (num_text, num_visual) = x.new_empty(2, dy.shape[1], x.shape[1]), counts.tolist()
+    for expert, rows in enumerate((slice(num_text), slice(num_text, num_text + num_visual))):
+        torch.mm(dy[rows].T, x[rows], out=dw[expert])
+    return dw
+
+
+_weight_gradients.register_fake(lambda dy, x, counts: x.new_empty(2, dy.shape[1], x.shape[1]))
+
+
+def _one_weight_gradient(dy: Tensor, x: Tensor, counts: Tensor, expert: int) -> Tensor:
+    """dW (M, K) of one expert, 0 text or 1 visual, without the host. All rows are multiplied, and those of
+    others are set to zero before. A product with zero would not do, because 0 · NaN = NaN."""
+    position, num_text = torch.arange(len(x), device=x.device)[:, None], counts[0]
+    rows = (position >= num_text) & (position < counts.sum()) if expert else position < num_text
+    return torch.where(rows, dy, 0).T @ torch.where(rows, x, 0)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -403,7 +416,11 @@ def _linear_backward(ctx, dy):
         dx = _linear(dy, w_text.T, w_visual.T, permutation, counts, ctx.scatter, ctx.gather, 0)
     if need[1] or need[2]:
         dy_routed, x_routed = dy[permutation] if ctx.scatter else dy, x[permutation] if ctx.gather else x
-        dw = _weight_gradients(dy_routed, x_routed, counts, need[1:3])
+        if need[1] and need[2]:
+            dw = _weight_gradients(dy_routed, x_routed, counts).unbind()
+        else:        # one expert learns alone, as in S1; most tokens are visual, so few rows are in vain
+            dw = [_one_weight_gradient(dy_routed, x_routed, counts, expert) if need[1 + expert] else None
+                  for expert in range(2)]
     return dx, *dw, None, None, None, None, None
 
 

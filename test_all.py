@@ -3074,18 +3074,30 @@ def test_gradients_equal_those_of_the_float64_reference(device, dtype, gather, s
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch before 2.10")
-@pytest.mark.parametrize("dtype, capability, wanted, grouped", [
-    (torch.bfloat16, (9, 0), (True, True), True), (torch.bfloat16, (10, 0), (True, True), True),
-    (torch.bfloat16, (8, 0), (True, True), False), (torch.bfloat16, (12, 0), (True, True), False),
-    (torch.float16, (9, 0), (True, True), False), (torch.bfloat16, (9, 0), (False, True), False)])
-def test_weight_gradients_on_a_gpu_never_ask_the_host(monkeypatch, dtype, capability, wanted, grouped):
-    """Meta tensors hold no numbers, so whoever asks for one fails. torch's product would on other GPUs."""
+@pytest.mark.parametrize("dtype, capability, capturing, way", [
+    (torch.bfloat16, (9, 0), False, "grouped"), (torch.bfloat16, (10, 0), True, "grouped"),
+    (torch.bfloat16, (8, 0), False, "host"), (torch.bfloat16, (12, 0), True, "all rows"),
+    (torch.float16, (9, 0), False, "host"), (torch.float32, (9, 0), True, "all rows")])
+def test_how_a_gpu_multiplies_each_experts_own_rows(monkeypatch, dtype, capability, capturing, way):
+    """Fake tensors hold no numbers, so whoever asks the host for one fails."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    all_rows = unittest.mock.Mock(side_effect=lambda dy, x, counts, expert: dy.T @ x)
+    monkeypatch.setattr(moe_kernel, "_one_weight_gradient", all_rows)
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    with FakeTensorMode(), unittest.mock.patch.object(F, "grouped_mm", wraps=F.grouped_mm) as product:
+        dy, x, counts = (torch.empty(size, device="cuda", dtype=dtype) for size in ((70, 24), (70, 40), 2))
+        with pytest.raises(DataDependentOutputException) if way == "host" else contextlib.nullcontext():
+            dw = moe_kernel._weight_gradients._init_fn(dy, x, counts.long())
+            assert dw.shape == (2, 24, 40) and dw.dtype == dtype and dw.is_cuda
+    assert (product.called, all_rows.called) == (way == "grouped", way == "all rows")
+
+
+def test_one_expert_that_learns_alone_gets_its_gradient_without_the_host():
+    """Meta tensors hold no numbers, too."""
     dy, x, counts = (torch.empty(size, device="meta") for size in ((70, 24), (70, 40), 2))
-    with unittest.mock.patch.object(F, "grouped_mm", wraps=F.grouped_mm) as product:
-        dw = moe_kernel._weight_gradients(dy.to(dtype), x.to(dtype), counts.long(), wanted)
-    assert product.called == grouped
-    assert [w is not None and w.shape == (24, 40) and w.dtype == dtype for w in dw] == [*wanted]
+    for expert in range(2):
+        assert moe_kernel._one_weight_gradient(dy, x, counts.long(), expert).shape == (24, 40)
 
 
 @pytest.mark.slow
@@ -3098,7 +3110,8 @@ def test_operators_pass_opcheck(device, n, dtype):
     for operator, inputs in ((OPERATORS.moe_route, (labels,)),
                              (OPERATORS.moe_swiglu, (*(t.detach() for t in tensors), *routed, 0)),
                              (OPERATORS.moe_linear, (x, w[0], w[1], *routed, True, True, 0)),
-                             (OPERATORS.moe_linear, (x, w[0].detach(), w[1], *routed, False, True, 0))):
+                             (OPERATORS.moe_linear, (x, w[0].detach(), w[1], *routed, False, True, 0)),
+                             (OPERATORS.moe_weight_gradients, (x.detach(), x.detach(), routed[1]))):
         torch.library.opcheck(operator.default, inputs)
 
 
