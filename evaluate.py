@@ -72,9 +72,10 @@ class Flags:
     compile: bool = flag(False, "compile the decoding step: a minute at the start, then faster on a GPU")
 
 
-def make_sample(model: MonoInternVL, tok: Tokenizer, tiles: list[Tensor], text: str) -> dict:
-    """A question with its <image> marks, for collate. tiles: (n_tiles, 3, S, S) uint8 for each image."""
-    ids, _ = encode_conversation(tok, turns(text), [len(t) for t in tiles], model.config.tokens_per_tile)
+def make_sample(model: MonoInternVL, tok: Tokenizer, tiles: list[Tensor], *texts: str) -> dict:
+    """A question with its <image> marks, for collate; or a question, its answer and the next question, and so
+    on. tiles: (n_tiles, 3, S, S) uint8 for each image."""
+    ids, _ = encode_conversation(tok, turns(*texts), [len(t) for t in tiles], model.config.tokens_per_tile)
     if len(ids) >= model.config.context_length:
         raise InputError(f"{len(ids)} tokens fill the context of {model.config.context_length}")
     return {"input_ids": torch.tensor(ids), "pixel_values": torch.cat(tiles) if tiles else None}
@@ -246,14 +247,16 @@ def documentation_loss(model: MonoInternVL, tok: Tokenizer) -> float:
 
 def ask_icons(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda image: image,
               max_new_tokens: int = 24) -> list[str]:
-    """Greedy answers to rows of icons.test_questions. show: what the model sees instead of a picture."""
+    """Greedy answers to rows of icons.test_questions. show: what the model sees instead of a picture. If a row
+    has "then", an answer to its question and a second question, the second one is asked."""
     c, said = model.config, []
     for start in range(0, len(rows), 64):
         samples = []
         for row in rows[start:start + 64]:
             shown = [show(row["image"])] if row["image"] else []
             tiles = [load_tiles(image, c.max_dynamic_patch, c.image_size) for image in shown]
-            samples.append(make_sample(model, tok, tiles, prompt("icons", row) if shown else row["question"]))
+            samples.append(make_sample(model, tok, tiles, prompt("icons", row) if shown else row["question"],
+                                       *row.get("then", ())))
         said += [tok.decode(ids).strip() for ids in greedy_answers(model, tok, samples, max_new_tokens)]
     return said
 
@@ -305,8 +308,8 @@ def icons_accuracy(model: MonoInternVL, tok: Tokenizer, folder: Path, most: int)
 
 
 def ask_capitals(model: MonoInternVL, tok: Tokenizer, folder: Path) -> list[dict]:
-    """What the model says about the capitals of countries: asked in text alone, and about a picture of the
-    flag. It was never trained on capitals with pictures."""
+    """What the model says about the capitals of countries: asked in text alone; about a picture of the flag;
+    and about it in two turns, first for its name. It was never trained on capitals with pictures."""
     pictures, capitals = Pictures(folder, "test"), read_json(Path(__file__).with_name("assets")
                                                              / "capitals.json")
     flags = [(thing, sources[0]) for thing, sources in pictures.drawings.items()
@@ -318,8 +321,13 @@ def ask_capitals(model: MonoInternVL, tok: Tokenizer, folder: Path) -> list[dict
                                      for row in rows])
     seen = ask_icons(model, tok, [row | {"question": "Which country's flag is this? What is its capital?"}
                                   for row in rows])
-    return [{"country": row["country"], "capital": row["capital"], "in text": text, "seeing the flag": flag}
-            for row, text, flag in zip(rows, in_text, seen, strict=True)]
+    rows = [row | {"question": "What is this?"} for row in rows]
+    named = ask_icons(model, tok, rows)
+    then = ask_icons(model, tok, [row | {"then": (name, "What is the capital of this country?")}
+                                  for row, name in zip(rows, named, strict=True)])
+    return [{"country": row["country"], "capital": row["capital"], "in text": a, "seeing the flag": b,
+             "flag named": c, "capital then": d}
+            for row, a, b, c, d in zip(rows, in_text, seen, named, then, strict=True)]
 
 
 def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: torch.dtype,
@@ -344,7 +352,8 @@ def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: t
         f"{stage} {loss:.3f}" for stage, loss in report["text loss"].items()))
     print_table(report["tasks"])
     print(f"{len(known)} of {len(report['capitals'])} capitals are known in text; of them, "
-          f"{sum(row['capital'] in row['seeing the flag'] for row in known)} are said in front of the flag")
+          f"{sum(row['capital'] in row['seeing the flag'] for row in known)} are said in front of the flag, "
+          f"and {sum(row['capital'] in row['capital then'] for row in known)} once the flag has been named")
     drawn = next(picture for picture in Pictures(data).pictures if picture["hand"] == TEST_HAND)
     plot_predictions(random.Random(0).sample(examples, min(20, len(examples))), run / "predictions.png",
                      "Drawings: {hand} by {author}, {licence}".format(**drawn))

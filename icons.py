@@ -431,7 +431,7 @@ def yes_or_no(pictures: Pictures, thing: int, options: list[int], rng: random.Ra
 
 
 def picture_questions(pictures: Pictures, thing: int, rng: random.Random) -> list[tuple[str, str]]:
-    """Questions and answers about one picture, the most important first."""
+    """Questions and answers about one picture, the first for its name."""
     name, facts = pictures.name(thing), pictures.things[thing]
     options = pictures.options(rng, thing)
     questions = [("What is this?", name),
@@ -476,20 +476,20 @@ def icon_conversation(pictures: Pictures, chats: list, stage: str, rng: random.R
             question, answer = "Describe the image.", f"{name}, a kind of {pictures.things[thing]['kind']}"
         return turns("<image>\n" + question, answer), scene, "caption"
     draw, task = rng.random(), "questions"
-    if stage == "S2" and draw < 0.2:
+    if stage == "S2" and draw < 0.25:
         return turns(*rng.choice(chats)), None, "text"
     if draw < (0.3 if stage == "S2" else 0.4):
         word = rng.randrange(len(pictures.words))
         scene = make_scene(rng, {0: len(pictures.pictures) + word}, 1, 1, cell)
         pairs, task = [("What does the sign say?", pictures.words[word][0])], "reading"
-    elif stage == "S1.3" or draw < 0.45:
+    elif stage == "S1.3" or draw < 0.4:
         pairs, scene = scene_conversation(pictures, rng, cell, max_tiles)
         pairs, task = pairs[:2], "scene"
     else:
-        questions = picture_questions(pictures, thing, rng)
-        pairs = rng.sample(questions, 2)
-        if rng.random() < 0.6:                     # first the name, then most often the choice of four
-            pairs = [questions[0], rng.choice([questions[1], *questions[1:]])]
+        what, *others = picture_questions(pictures, thing, rng)
+        pairs = [rng.choice(others)]
+        if rng.random() < 0.5:                     # first the name, which helps to answer the other question
+            pairs = [what, *pairs]
     if stage == "S2" and rng.random() < 0.1:       # a question that has nothing to do with the picture
         pairs.append(rng.choice(chats))
     texts = [text for pair in pairs for text in pair]
@@ -517,8 +517,8 @@ class Icons(Dataset):
         (conversation, scene, task), c, tiles = self.describe(i), self.config, None
         if scene is not None:
             tiles = load_tiles(self.pictures.draw(scene), self.max_tiles, c.image_size)
-        # Captions come without the system message: about 21 of a caption's 51 tokens.
-        system = "" if self.stage in ("S1.1", "S1.2") else None
+        # S1 goes without the system message, which would be about 21 of a caption's 51 tokens.
+        system = None if self.stage == "S2" else ""
         ids, labels = encode_conversation(self.tok, conversation, [] if tiles is None else [len(tiles)],
                                           c.tokens_per_tile, system)
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": tiles,

@@ -99,9 +99,9 @@ SFT = Stage("S2", INSTRUCT, "all", 6, 5197, 4e-5, "cosine", "LLaVA-665k, 4e-5 co
 ICON_SIZES = {"vision_hidden_size": 256, "patch_size": 8, "image_size": 48, "max_dynamic_patch": 2}
 ICONS = (                                             # hours on a CPU, minutes on a GPU; all [ours]
     Stage("S1.1", CONCEPT, "visual", 1, 300, 6e-4, "constant", "", 32),
-    Stage("S1.2", SEMANTIC, "visual", 1, 2600, 6e-4, "cosine", "", 32),
-    Stage("S1.3", ALIGN, "visual + attention", 2, 60, 5e-5, "constant", "", 32),
-    Stage("S2", INSTRUCT, "all", 2, 160, 5e-5, "cosine", "", 32))
+    Stage("S1.2", SEMANTIC, "visual", 1, 4800, 6e-4, "cosine", "", 32),
+    Stage("S1.3", ALIGN, "visual + attention", 2, 150, 5e-5, "constant", "", 32),
+    Stage("S2", INSTRUCT, "all", 2, 400, 5e-5, "cosine", "", 32))
 EPOCHS = 3                                            # of your own data, without --steps and --preset [ours]
 PRESETS = {
     "tiny": RECIPES,                                  # from nothing, with its own small language model
