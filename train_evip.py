@@ -104,9 +104,8 @@ ICONS = (                                             # hours on a CPU, minutes 
 EPOCHS = 3                                            # of your own data, without --steps and --preset [ours]
 PRESETS = {
     "tiny": RECIPES,                                  # from nothing, with its own small language model
-    # From a pre-trained LLM (--init_from), on many GPUs, with the papers' numbers. They do not give batches
-    # before S1.3, learning rates of 1.5, and max_tokens: those are [ours]. Steps = samples / batch.
-    # max_tokens = 256 for each tile and room for text.
+    # On many GPUs, from a pre-trained LLM (--init_from). Batches before S1.3, the learning rates of 1.5 and
+    # max_tokens (256 a tile, and room for text) are [ours]. Steps = samples / batch.
     "2b": {
         "evip": (
             Stage("S1.1", CONCEPT, "visual", 4, 450000, 2e-4, "constant", "922 M, 2e-4 (?)", 2048, 2048),
@@ -246,13 +245,11 @@ def fit_to_memory(model: MonoInternVL, stage: Stage, flags: Flags, processes: in
     choices = [replace(flags, recompute=recompute, reshard=reshard)
                for recompute in ("off", "on") if flags.recompute in ("auto", recompute)
                for reshard in ("off", "on") if flags.reshard in ("auto", reshard)]
+    if not flags.device.startswith("cuda"):
+        return choices[-1 if is_big(model) else 0]
     for choice in choices[:-1]:
-        if flags.device.startswith("cuda"):
-            needed = sum(memory_plan(model, stage, choice, processes).values())
-            fits = needed <= USABLE * budget.gpu_memory(flags.device)
-        else:
-            fits = not is_big(model)
-        if fits:
+        needed = sum(memory_plan(model, stage, choice, processes).values())
+        if needed <= USABLE * budget.gpu_memory(flags.device):
             return choice
     return choices[-1]
 
@@ -269,7 +266,7 @@ def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
     device, layers = torch.device(flags.device), model.language_model.model.layers
     model.moe = flags.moe
     model.language_model.recompute = flags.recompute == "on"
-    compile_pays = is_big(model) and device.type == "cuda" and world_size() == 1       # saves a quarter
+    compile_pays = is_big(model) and device.type == "cuda" and world_size() == 1       # measured there only
     if flags.compile == "on" or flags.compile == "auto" and compile_pays:
         for layer in layers:
             layer.compile(dynamic=True)
@@ -285,7 +282,7 @@ def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
 
 def make_optimizer(model: MonoInternVL, flags: Flags) -> torch.optim.AdamW:
     """AdamW for the trainable parameters only. Weight decay is for matrices, not for norms and biases."""
-    trainable = [p for p in model.parameters() if p.requires_grad]         # `distribute` has replaced them
+    trainable = [p for p in model.parameters() if p.requires_grad]         # FSDP has replaced them by now
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": flags.weight_decay},
          {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}],
@@ -297,14 +294,14 @@ def make_optimizer(model: MonoInternVL, flags: Flags) -> torch.optim.AdamW:
 
 
 def moments(model: MonoInternVL, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """AdamW's running means, under the names that checkpoints give them."""
+    """AdamW's two moments of each trainable parameter, under their names in a checkpoint."""
     return {f"{name}.{key}": optimizer.state[p][key] for name, p in model.named_parameters()
             if p.requires_grad for key in ("exp_avg", "exp_avg_sq")}
 
 
 def peak_lr(model: MonoInternVL, stage: Stage, flags: Flags) -> float:
-    """--lr, or the table's. A big model on the tiny model's table would be ruined by the rates there, so it
-    takes the rate of the official fine-tuning [ours]."""
+    """--lr, or the table's. The tiny model's rates would ruin a big model, which takes the official
+    fine-tuning's instead [ours]."""
     if flags.lr is not None:
         return flags.lr
     return SFT.lr if flags.preset == "tiny" and is_big(model) else stage.lr
@@ -323,9 +320,9 @@ def learning_rate(step: int, steps: int, peak: float, stage: Stage, flags: Flags
 # ---------------------------------------------------------------- one optimizer step
 
 def next_batches(source, batches: Batches, accum: int, flags: Flags) -> tuple[list[dict], float, int, int]:
-    """Reads the micro-batches of one step, one for each forward pass. Returns them and three sums over all
-    processes: the step's supervised tokens, and how many samples were bad and were read since the start.
-    Raises InputError on every process if one of them cannot read enough samples."""
+    """Reads the micro-batches of one step, one for each forward pass. Returns them and, over all processes,
+    the step's supervised tokens, the bad samples so far, and the samples read so far. Raises InputError on
+    every process if one of them cannot read enough samples."""
     micro, problem = [], None
     try:
         micro = [next(source) for _ in range(accum)]
@@ -348,25 +345,24 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
 
 def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stage: Stage,
              flags: Flags) -> list[Tensor]:
-    """Adds the gradients of the mean loss over `total` tokens: the step's supervised ones, on all processes.
-    It is not a mean of means. Returns the losses of the tokens, (supervised,) for each micro-batch. forward:
-    what `distribute` returned."""
+    """Adds the gradients of the mean loss over the step's `total` supervised tokens on all processes: not a
+    mean of means. Returns each token's loss, (supervised,) per micro-batch. forward: from `distribute`."""
     device, c, token_losses = torch.device(flags.device), model.config, []
     fsdp = isinstance(model, FSDPModule)
     for i, m in enumerate(micro):
         inputs = {k: to_device(v, device) for k, v in m.items() if isinstance(v, Tensor)}
-        # Checks read the tensors that are still on the CPU, so the host does not wait for the GPU. Of the
-        # pixels, they read shape and dtype only.
+        # The checks read the tensors on the CPU, so the host does not wait for the GPU. Of the pixels, they
+        # need only shape and dtype.
         sizes = model.check_inputs(m["input_ids"], inputs.get("pixel_values"), m["attention_mask"],
                                    m["labels"], m.get("document_ids"))
         if inputs.get("pixel_values") is None and stage.trainable != "text":
             # Pass zero tiles rather than None: visual experts then run on no tokens and get zero gradients,
             # so all ranks exchange the same set.
             inputs["pixel_values"] = torch.zeros(0, c.num_channels, c.image_size, c.image_size, device=device)
-        last = i + 1 == len(micro)                 # of the step: exchanges gradients, and weights change next
+        last = i + 1 == len(micro)                 # the last pass of a step exchanges the gradients
         if fsdp:
             model.set_requires_gradient_sync(last)
-            model.set_reshard_after_backward(last or flags.reshard == "on")
+            model.set_reshard_after_backward(last or flags.reshard == "on")    # the weights change after it
         with (forward.no_sync() if forward is not model and not last else nullcontext(),
               torch.autocast(device.type, torch.bfloat16,                  # FSDP casts by itself
                              enabled=flags.dtype == "bfloat16" and not fsdp)):
@@ -401,7 +397,7 @@ def account(c: MonoInternVLConfig, micro: list[dict], token_losses: list[Tensor]
 
 class Progress:
     """What a run shows and keeps: a bar for each stage, log.jsonl with a line per event, and tensorboard/ if
-    TensorBoard is installed. Process i > 0 writes log.ranki.jsonl."""
+    TensorBoard is installed. Other processes write their bad samples to log.rank1.jsonl and so on."""
 
     def __init__(self, path: Path, length: int | None = None):
         """length: bytes of an earlier run's log to keep. None keeps all."""
@@ -483,9 +479,8 @@ def save(model: MonoInternVL, tok: Tokenizer, folder: Path):
 
 def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progress: Progress, tok: Tokenizer,
                 partial: Path | None = None) -> bool:
-    """Trains the stage's parameters in place. It continues from the newest checkpoint in the folder `partial`
-    and saves checkpoints there. Returns True when all steps are done. After SIGTERM or Ctrl-C it finishes and
-    saves the step, and returns False."""
+    """Trains the stage's parameters in place. Continues from the newest checkpoint in the folder `partial` and
+    saves there. Returns True when all steps are done, False after SIGTERM or Ctrl-C."""
     batch_size, accum, batch = batch_plan(model, stage, flags, world_size())
     steps = flags.steps or stage.steps
     select_trainable(model, stage)
@@ -603,6 +598,7 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path, new_tokenizer: Pa
 
 
 # ---------------------------------------------------------------- what a run will do
+
 def print_stages(stages: list[Stage], done: list[str], model: MonoInternVL, flags: Flags, processes: int):
     """The sizes of the model and the table of stages. The model may be on the meta device."""
     counts = model.parameter_counts()
@@ -660,13 +656,12 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
             return
-        first = stages[0]
-        size, accum, samples = batch_plan(model, first, flags, processes)
-        dataset, _ = load_data(first, tok, config, flags, samples)
-        limit = token_limit(config, first, flags) if flags.pack else None
+        size, accum, samples = batch_plan(model, stages[0], flags, processes)
+        dataset, _ = load_data(stages[0], tok, config, flags, samples)
+        limit = token_limit(config, stages[0], flags) if flags.pack else None
         batch = next(iter(Batches(dataset, size, tok.pad_id, seed=flags.seed, pool=flags.pool,
                                   pack_tokens=limit)))
-        print(f"\n{first.name}: {accum} × {processes} × {size} rows a step. The first batch has the "
+        print(f"\n{stages[0].name}: {accum} × {processes} × {size} rows a step. The first batch has the "
               f"shape {tuple(batch['input_ids'].shape)}. What is learned stands between » and «:")
         print(data.batch_as_text(batch, tok))
 
@@ -797,11 +792,9 @@ def run(flags: Flags):
     choose_device(flags)
     if world_size() > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if flags.device.startswith("cuda") else "gloo")
-    ending = ""
-    if flags.preset != "tiny":
-        ending = f"-{flags.preset}"
-    elif flags.data and flags.init_from:           # must not replace the stages of the default run
-        ending = "-own"
+    # A model that learns from your own data must not replace the stages of the default run.
+    own = "-own" if flags.data and flags.init_from else ""
+    ending = own if flags.preset == "tiny" else f"-{flags.preset}"
     out = Path(flags.out or f"out/{flags.recipe}{ending}")
     torch.manual_seed(flags.seed)
     with nullcontext() if flags.dry_run else checkpoint.lock_run(out):
