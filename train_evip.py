@@ -479,7 +479,7 @@ def save(model: MonoInternVL, tok: Tokenizer, folder: Path):
 
 def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progress: Progress, tok: Tokenizer,
                 partial: Path | None = None) -> bool:
-    """Trains the stage's parameters in place. Continues from the newest checkpoint in the folder `partial` and
+    """Trains the parameters in place. Continues from the newest checkpoint in the folder `partial` and
     saves there. Returns True when all steps are done, False after SIGTERM or Ctrl-C."""
     batch_size, accum, batch = batch_plan(model, stage, flags, world_size())
     steps = flags.steps or stage.steps
