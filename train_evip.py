@@ -7,9 +7,10 @@
     torchrun --nproc_per_node 8 train_evip.py --preset 2b --data meta.json --init_from internlm2-chat-1_8b
 
 Read RECIPES first: the table of stages is the paper. Then come the flags; what a stage trains, and where; one
-optimizer step; the progress report; the loop over the steps of a stage; what a stage starts from; the whole
-run. Each stage leaves a checkpoint in the official format in OUT/STAGE/, and OUT/log.jsonl has every step.
-The same command continues an interrupted run. [v1], [v1.5], [repo], [ours]: sources, see mono_internvl.py.
+optimizer step; the progress report; the loop over the steps of a stage; what a stage starts from; what a run
+will do; the run. Each stage leaves a checkpoint in the official format in OUT/STAGE/, and OUT/log.jsonl has
+every step. The same command continues an interrupted run. For [v1], [v1.5], [repo] and [ours], see
+mono_internvl.py.
 """
 import importlib.util
 import json
@@ -94,6 +95,7 @@ RECIPES = {
         Stage("S2", INSTRUCT, "all", 24, 3600, 1e-3, "cosine", "7 M")),
 }
 
+# SFT: supervised fine-tuning. This row is the official script of Mono-InternVL.
 SFT = Stage("S2", INSTRUCT, "all", 6, 5197, 4e-5, "cosine", "LLaVA-665k, 4e-5 cosine", 128, 2048)    # [repo]
 ICON_SIZES = {"vision_hidden_size": 256, "patch_size": 8, "image_size": 48, "max_dynamic_patch": 2}
 ICONS = (                                             # hours on a CPU, minutes on a GPU; all [ours]
@@ -101,7 +103,7 @@ ICONS = (                                             # hours on a CPU, minutes 
     Stage("S1.2", SEMANTIC, "visual", 1, 2600, 6e-4, "cosine", "", 32),
     Stage("S1.3", ALIGN, "visual + attention", 2, 60, 5e-5, "constant", "", 32),
     Stage("S2", INSTRUCT, "all", 2, 160, 5e-5, "cosine", "", 32))
-EPOCHS = 3                                            # of your own data, without --steps and --preset [ours]
+EPOCHS = 3                                            # of your own data without --steps and --preset [ours]
 PRESETS = {
     "tiny": RECIPES,                                  # from nothing, with its own small language model
     # On many GPUs, from a pre-trained LLM (--init_from). Batches before S1.3, the learning rates of 1.5 and
@@ -117,7 +119,7 @@ PRESETS = {
             Stage("S1.2", SEMANTIC, "visual", 6, 73000, 1e-4, "constant", "150 M (?)", 2048, 2560),
             Stage("S1.3", ALIGN, "visual + attention", 12, 73000, 5e-5, "constant", "150 M", 2048, 4096),
             Stage("S2", INSTRUCT, "all", 24, 55000, 4e-5, "cosine", "7 M", 128, 8192))},
-    "llava_sft": {"evip": (SFT,), "evip++": (SFT,)},  # from any checkpoint: the official fine-tuning script
+    "llava_sft": {"evip": (SFT,), "evip++": (SFT,)},  # from any checkpoint
     "icons": {"evip": ICONS, "evip++": ICONS},        # real pictures, SmolLM2-135M: see icons.py
 }
 
