@@ -3,8 +3,8 @@ training.
 
 In this order: configs as JSON; tensors in safetensors files; the language models that a model may start from
 (InternLM2 and Llama layout); a model with its tokenizer; the state of a training run. Everything here takes
-tensors and plain values. Files are written aside and then renamed, so a file that has its name is complete.
-Nothing is ever unpickled.
+tensors and plain values. Files are written under another name and then renamed, so a file with its final name
+is complete. Nothing is ever unpickled.
 """
 import contextlib
 import json
@@ -61,7 +61,7 @@ def read_config(path: str | Path, cls: type):
     for f in fields(cls):
         node = official
         for key in CONFIG_PATHS.get(f.name, (f.name,)):
-            node = node.get(key, ...) if isinstance(node, dict) else ...
+            node = node.get(key, ...) if isinstance(node, dict) else ...   # ... stands for a missing field
         if node is not ...:
             values[f.name] = node
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "vision_hidden_size"):
@@ -132,10 +132,9 @@ def read_img_context_token_id(folder: str | Path) -> int | None:
 def read_tensors(folder: str | Path, dtype: torch.dtype | None, device) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json lists. dtype None:
     as the files have it."""
-    folder = Path(folder)
-    files = ["model.safetensors"]
-    if (folder / "model.safetensors.index.json").exists():
-        index = folder / "model.safetensors.index.json"
+    folder, files = Path(folder), ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or any(Path(str(f)).name != f for f in weight_map.values()):
             raise InputError(f"{index}: no weight_map of tensor names to file names")
@@ -288,8 +287,8 @@ def add_tokens(folder: Path, to: Path, tokens: list[str], first_id: int) -> None
 
 
 def save_with_tokenizer(folder: Path, tensors: dict[str, Tensor], config: dict, tokenizer: Path) -> None:
-    """Writes a model that may be spread over the processes, and its tokenizer. All processes call this;
-    tensor by tensor goes to the memory of the first process, which writes."""
+    """Writes a model that may be spread over the processes, and its tokenizer. All processes call this. One
+    tensor after the other goes to the memory of the first process, which writes."""
     complete = {}
     for name, t in tensors.items():
         t = common.full_tensor(t.detach())
@@ -312,7 +311,7 @@ def newest_checkpoint() -> Path:
 # ---------------------------------------------------------------- the state of an interrupted training
 
 def newest_partial(folder: Path) -> Path | None:
-    """The newest checkpoint within a stage: folder is OUT/STAGE.partial, they are step-0000500 and so on."""
+    """The newest checkpoint within a stage. folder: OUT/STAGE.partial, which holds step-0000500 and so on."""
     return max(folder.glob("step-*"), default=None)
 
 
@@ -353,9 +352,9 @@ def save_training(folder: Path, step: int, save_model: Callable[[Path], None], m
 
 
 def load_training(folder: Path, moments: dict[str, Tensor], batches, batch: int) -> int:
-    """Restores the moments in place, the random numbers and the place in the data, and returns how many steps
-    were done. batches: data.py's. batch: samples of a step. A process that was not there when this was saved
-    takes the first one's random numbers."""
+    """Restores the moments (in place), the random numbers and the place in the data. Returns how many steps
+    were done. batches: a data.Batches. batch: samples per step. If there are more processes than before, the
+    new ones take the random numbers of the first. Raises InputError if the checkpoint is damaged."""
     processes = read_json(folder / "rank0.json")["processes"]
     everyones = [read_json(folder / f"rank{i}.json") for i in range(processes)]
     state, problem = everyones[rank() if rank() < processes else 0], None
@@ -370,7 +369,7 @@ def load_training(folder: Path, moments: dict[str, Tensor], batches, batch: int)
         set_state(torch.tensor(values, dtype=torch.uint8))
     try:
         if processes == world_size():
-            batches.load_state_dict(state["batches"])                      # reads samples again
+            batches.load_state_dict(state["batches"])                      # reads samples, which may fail
         else:
             batches.take_over([one["batches"] for one in everyones])
     except InputError as e:
@@ -404,8 +403,8 @@ def read_run(out: Path, flags: dict, partials: list[Path], free_to_change: set[s
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list, which SIGTERM and Ctrl-C fill: the step is finished and saved first. The second signal
-    stops at once."""
+    """Yields a list to which SIGTERM and Ctrl-C add, so that the caller can finish its step and save it. A
+    second signal stops at once."""
     received = []
 
     def on_signal(number, frame):

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LFS_POINTER = b"version https://git-lfs"           # how the small text begins that stands for a large file
+LFS_POINTER = b"version https://git-lfs"           # Git LFS puts a file that begins so in place of another
 
 
 class InputError(ValueError):
-    """A file, flag or tensor that a user gave does not fit. Scripts print the message: it says what to do. It
-    is one line of valid Unicode, even if a file name or a text that it quotes is not."""
+    """A file, flag or tensor that a user gave does not fit. Scripts print the message, which says what to do.
+    It is one line of valid Unicode, even if a file name or a text that it quotes is not."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()).encode(errors="backslashreplace").decode())
@@ -60,8 +60,8 @@ def read_json(path: str | Path, if_missing: str = "") -> dict:
 
 
 def check_fields(config) -> None:
-    """Raises InputError if a field of a dataclass does not have the type that is declared. Exact types: True
-    is not a number. An int in place of a float becomes one."""
+    """Raises InputError if a field of a dataclass does not have its declared type. Types must be exact: True
+    is no int. Only an int in place of a float is accepted, and converted."""
     for name, kind in typing.get_type_hints(type(config)).items():
         value, kinds = getattr(config, name), typing.get_args(kind) or (kind,)
         if kind is float and type(value) is int and abs(value) < sys.float_info.max:
@@ -134,13 +134,13 @@ def sum_over_processes(*values: float) -> list[float]:
 
 
 def stop_together(problem: str | None) -> None:
-    """Raises InputError on every process if one of them has a problem: the others would wait for it."""
+    """Raises InputError on every process if one of them has a problem. Else the others would wait for it."""
     if sum_over_processes(problem is not None)[0]:
         raise InputError(problem or "another process stopped, its message says why")
 
 
 def wait_for_all():
-    """Returns once every process has come here."""
+    """Returns once every process has called this."""
     sum_over_processes(0)
 
 

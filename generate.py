@@ -1,8 +1,8 @@
 """Generation: a cache of keys and values, and the loop that reads a prompt and writes token by token.
 
-In this order: `generate_naively`, without a cache, which yields what all the rest yields; KVCache; sampling;
-reading the prompt (prefill); one decoding step, which a GPU replays as a CUDA graph; `generate`. Both
-functions are also methods of MonoInternVL.
+In this order: `generate_naively`, which needs no cache and yields the same tokens as all the rest; KVCache;
+sampling; CUDA graphs; reading the prompt (prefill); one decoding step; `generate`. The first and the last
+function are also methods of MonoInternVL.
 
 Shapes: B rows, T tokens, KV key/value heads, hd head size, V vocabulary. A *slot* of the cache holds the key
 and the value of one token in every layer and row. `model` is a MonoInternVL.
@@ -25,8 +25,8 @@ from common import InputError
 def generate_naively(model, input_ids: Tensor, pixel_values: Tensor | None = None,
                      attention_mask: Tensor | None = None, max_new_tokens: int = 256,
                      eos_token_id: int | None = None) -> Iterator[Tensor]:
-    """Greedy decoding without a cache: the whole sequence is read again for every token. `generate`
-    yields the same, faster; this is how to understand it, and what the tests compare it with."""
+    """Greedy decoding without a cache: the whole sequence is read again for every token. `generate` yields
+    the same tokens faster, and the tests compare it with this."""
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for _ in range(min(max_new_tokens, model.config.context_length - input_ids.shape[1])):
         logits = model(input_ids, pixel_values, attention_mask)[0][:, -1]           # (B, V)
@@ -58,8 +58,8 @@ write_slots_compiled = torch.library.custom_op("mono_internvl::write_slots", wri
 
 
 class KVCache:
-    """Keys and values of the tokens read so far. It grows on demand and may serve many calls of `generate` of
-    one model with unchanged weights: what a prompt has in common with the cached one is not read again.
+    """Keys and values of the tokens read so far. It grows on demand. It may serve many calls of `generate` of
+    one model with unchanged weights: a prompt that begins like the cached one is read from there on only.
 
     keys, values  (layers, rows, KV, slots, hd)
     real          (rows, slots) bool: False at pads and at slots beyond `length`
@@ -78,7 +78,7 @@ class KVCache:
         self.padded = False                        # does any row hold a pad?
         self.input_ids, self.tiles = [], None      # the tokens and tiles in the slots, if there is one row
         self.reused = 0                            # tokens of the last prompt that were in the cache already
-        self.graphs, self.pool = {}, None          # CUDA graphs that use this memory (see replay), and theirs
+        self.graphs, self.pool = {}, None          # CUDA graphs of `replay`, and the memory pool they share
 
     @property
     def block_size(self) -> int:
@@ -101,7 +101,7 @@ class KVCache:
         more = (0, 0, 0, slots - old_slots, 0, 0, 0, rows - old_rows)
         self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
         self.real = F.pad(self.real, (0, slots - old_slots, 0, rows - old_rows))
-        self.graphs = {}                           # they know the old addresses
+        self.graphs = {}                           # the old ones read the old addresses
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def truncate(self, length: int) -> None:
@@ -172,8 +172,8 @@ class KVCache:
 def sample_token(logits: Tensor, generated: Tensor, temperature: float, top_k: int | None,
                  top_p: float | None, repetition_penalty: float, generators: list) -> Tensor:
     """Next tokens (B,) from logits (B, V): penalty, temperature, top-k, top-p, in Hugging Face's order.
-    generated (B, V) bool: the tokens of the answer so far. generators: one for each row; None is the global
-    generator."""
+    generated (B, V) bool: the tokens of the answer so far. generators: one for each row, None for the global
+    one."""
     if repetition_penalty != 1.0:
         penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
         logits = torch.where(generated, penalised, logits)
@@ -235,7 +235,7 @@ def replay(function, inputs: tuple, sizes: tuple, kv_cache: KVCache) -> Tensor:
 
 # ---------------------------------------------------------------- reading the prompt
 
-LONGEST_CAPTURED = 1088                            # tokens of a prompt that is read by a CUDA graph
+LONGEST_CAPTURED = 1088                            # longer prompts, in tokens, are not read by a CUDA graph
 
 
 def read_prompt(model, input_ids: Tensor, pixel_values: Tensor | None, length: Tensor,
@@ -253,8 +253,8 @@ def read_prompt(model, input_ids: Tensor, pixel_values: Tensor | None, length: T
 
 def replay_prompt(model, ids: Tensor, pixels: Tensor | None, kv_cache: KVCache) -> Tensor | None:
     """read_prompt as a CUDA graph: a GPU reads a short prompt faster than the host launches the kernels one
-    by one. 320 tokens take an H200 7.2 ms instead of 19.4. None if that cannot be, or if it is the cache's
-    first prompt of this size, because a capture takes longer than a prompt."""
+    by one. 320 tokens take an H200 7.2 ms instead of 19.4. Returns None if no graph can read the prompt, and
+    for the cache's first prompt of a size, because a capture takes longer than reading one prompt."""
     if not model.cuda_graphs or kv_cache.pool is None or ids.shape[1] > LONGEST_CAPTURED:
         return None
     (B, T), step = ids.shape, min(64, kv_cache.block_size)
@@ -275,9 +275,9 @@ def replay_prompt(model, ids: Tensor, pixels: Tensor | None, kv_cache: KVCache) 
 @torch.inference_mode()
 def prefill(model, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Tensor | None,
             kv_cache: KVCache, chunk: int) -> Tensor:
-    """Reads the prompt into the cache, `chunk` tokens at a time, except for the prefix that is cached
-    already. Returns the logits (B, V) of the next token: the head runs on the last position only. If
-    input_ids and attention_mask are on the CPU, nothing here waits for a GPU."""
+    """Reads the prompt into the cache, `chunk` tokens at a time, without the prefix that is cached already.
+    Returns the logits (B, V) of the next token: the head runs on the last position only. If input_ids and
+    attention_mask are on the CPU, nothing here waits for a GPU."""
     T, device, logits = input_ids.shape[1], kv_cache.keys.device, None
     past, tiles = kv_cache.common_prefix(input_ids, pixel_values, attention_mask)
     kv_cache.truncate(past)
@@ -323,7 +323,7 @@ def decode_step(model, token: Tensor, slot: Tensor, kv_cache: KVCache) -> Tensor
 
 @functools.cache
 def compiled(function):
-    # One row, one block or another dtype each compile a variant of their own. torch allows 8 by default.
+    # A batch of one row, a cache of one block and each dtype compile a variant. torch allows 8 by default.
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     return torch.compile(function, fullgraph=True)
 
@@ -365,7 +365,7 @@ def check_options(rows, max_new_tokens, temperature, top_k, top_p, repetition_pe
 
 
 KEPT = weakref.WeakKeyDictionary()                 # model -> addresses of its weights, {rows: KVCache}
-KEPT_BYTES = 2 ** 30                               # of a model
+KEPT_BYTES = 2 ** 30                               # of the caches that are kept for one model
 
 
 @contextlib.contextmanager
@@ -374,7 +374,7 @@ def kept_cache(model, rows: tuple) -> Iterator[KVCache]:
     such call with as many rows gets it, because a graph takes as long to capture as dozens of tokens to
     decode. Its content is forgotten: training may have changed the weights."""
     weights = [p.data_ptr() for p in model.parameters()]
-    if model not in KEPT or KEPT[model][0] != weights:         # graphs know the addresses
+    if model not in KEPT or KEPT[model][0] != weights:         # graphs read the weights at their addresses
         KEPT[model] = weights, {}
     kept = KEPT[model][1]
     cache = kept.pop(rows, None)                   # two calls at a time never share one
@@ -399,9 +399,9 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     """Yields the next token of each row, (B,) int64 on the CPU, until all rows end or the context is full.
 
     input_ids (B, T), pixel_values (n_tiles, 3, S, S), attention_mask (B, T): as in MonoInternVL.forward, with
-    the pads on the left, so that all rows end in the same column. On any device; with input_ids and
-    attention_mask on the CPU, even the first token costs but one sync with a GPU.
-    temperature: 0 is greedy. repetition_penalty: counts generated tokens only [repo: it sees no prompt ids].
+    the pads on the left, so that all rows end in the same column. On any device. With input_ids and
+    attention_mask on the CPU, each token, also the first, costs one sync with a GPU.
+    temperature: 0 is greedy. repetition_penalty: for generated tokens only, not for the prompt's [repo].
     eos_token_id: the token, or the tokens, that end a row. An ended row yields it, or the first of them, from
     then on. None: no row ends.
     seed: each row draws from its own generator, and the global one is left alone. A number s gives row i the
@@ -409,16 +409,16 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     prefill_chunk: tokens of the prompt that are read at a time, to bound memory.
     kv_cache: the cache of earlier calls. Its memory is used again. If the prompt (of one row) begins like the
     cached one, only the rest is read. That changes no answer, except for roundings in 16 bits.
-    num_tokens: the tokenizer's size. Later ids, with which some models pad their vocabulary, have no text.
-    They are never generated, nor is <IMG_CONTEXT>, which means nothing without a tile.
+    num_tokens: the tokenizer's size. Ids beyond it pad the vocabulary of some models and have no text. They
+    are never generated, nor is <IMG_CONTEXT>, which means nothing without a tile.
     Raises InputError for inputs and options that do not fit, and when logits are not finite.
     """
     if kv_cache is None:
-        options = {**locals()}
+        options = {**locals()}                     # all arguments
         with kept_cache(model, input_ids.shape[:1]) as options["kv_cache"]:
             yield from generate(**options)
         return
-    # What the host has to know of the prompt, it reads from a copy of its own.
+    # The host reads the prompt several times. On the CPU, that takes no sync with the GPU.
     input_ids, attention_mask = input_ids.cpu(), None if attention_mask is None else attention_mask.cpu()
     model.check_inputs(input_ids, pixel_values, attention_mask)
     weight, context = model.language_model.output.weight, model.config.context_length
@@ -445,25 +445,24 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
     generators = [torch.Generator(device).manual_seed(s) for s in seeds] or [None] * B
     generated = torch.zeros(B, V, dtype=torch.bool, device=device)
     running = list(range(B))                       # the prompt's row that each row of the cache belongs to
-    ended, last = set(), [0] * B                   # rows of the prompt, and the token that each yielded last
+    ended = set()                                  # rows of the prompt
     for count in range(1, max_new_tokens + 1):
         bad = ~logits.isfinite().all(-1)
         logits = logits.index_fill(1, forbidden, -torch.inf)
         token = sample_token(logits, generated, temperature, top_k, top_p, repetition_penalty,
                              [generators[row] for row in running])
         numbers = token.masked_fill(bad, -1).tolist()                      # the one sync of a step
-        for row, t in zip(running, numbers, strict=True):
-            if t < 0 and row not in ended:
-                cache.truncate(0)                  # attention may have spread it to tokens before its origin
-                name = str(dtype).removeprefix("torch.")
-                better = "bfloat16 or float32" if name == "float16" else "float32"
-                raise InputError(f"the logits are NaN or infinite in {name}: " + (
-                    "the weights are damaged; try another copy of them" if name == "float32" else
-                    f"numbers overflow or the weights are damaged; try --dtype {better}"))
-            last[row] = ends[0] if row in ended else t
-        yield torch.tensor(last)
-        ended |= {row for row in running if last[row] in ends}
-        last = [ends[0] if row in ended else t for row, t in enumerate(last)]
+        new = dict(zip(running, numbers, strict=True))
+        if any(t < 0 and row not in ended for row, t in new.items()):
+            cache.truncate(0)                      # attention may have spread it to tokens before its origin
+            name = str(dtype).removeprefix("torch.")
+            better = "bfloat16 or float32" if name == "float16" else "float32"
+            raise InputError(f"the logits are NaN or infinite in {name}: " + (
+                "the weights are damaged; try another copy of them" if name == "float32" else
+                f"numbers overflow or the weights are damaged; try --dtype {better}"))
+        tokens = [ends[0] if row in ended else new[row] for row in range(B)]
+        yield torch.tensor(tokens)
+        ended |= {row for row in running if tokens[row] in ends}
         survivors = [i for i, row in enumerate(running) if row not in ended]
         if count == max_new_tokens or not survivors:
             return
@@ -473,6 +472,6 @@ def generate(model, input_ids: Tensor, pixel_values: Tensor | None = None,
             order = cache.keep_rows(survivors)
             running, token, generated = [running[i] for i in order], token[order], generated[order]
         if B == 1:
-            cache.input_ids.append(last[0])
+            cache.input_ids.append(tokens[0])
         generated.scatter_(1, token[:, None], True)
         logits = decode(model, token, cache)

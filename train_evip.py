@@ -7,9 +7,10 @@
     torchrun --nproc_per_node 8 train_evip.py --preset 2b --data meta.json --init_from internlm2-chat-1_8b
 
 Read RECIPES first: the table of stages is the paper. Then come the flags; what a stage trains, and where; one
-optimizer step; the progress report; the loop over the steps of a stage; what a stage starts from; the whole
-run. Each stage leaves a checkpoint in the official format in OUT/STAGE/, and OUT/log.jsonl has every step.
-The same command continues an interrupted run.
+optimizer step; the progress report; the loop over the steps of a stage; what a stage starts from; what a run
+will do; the run. Each stage leaves a checkpoint in the official format in OUT/STAGE/, and OUT/log.jsonl has
+every step. The same command continues an interrupted run. For [v1], [v1.5], [repo] and [ours], see
+mono_internvl.py.
 """
 import importlib.util
 import json
@@ -47,14 +48,15 @@ from icons import Icons
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 from world import World, make_world_tokenizer
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")      # a single process is what is meant
+warnings.filterwarnings("ignore", "torch.distributed is disabled")      # true and harmless: one process
 
 # ---------------------------------------------------------------- the recipes
 
-# Delta tuning: a stage trains the parameters whose name matches, all others stay frozen, bit for bit.
+# Delta tuning: a stage trains the parameters whose name matches its pattern. All others stay frozen, bit for
+# bit. The class embedding belongs to the file format only: nothing computes with it.
 VISION = r"vision_model\.embeddings\.(patch|position)|mlp1|_ve\."     # vision embedding, mlp1, visual experts
 TRAINABLE = {
-    "text": rf"^(?!.*({VISION}|class_embedding))",                      # the LLM, to have one to freeze
+    "text": rf"^(?!.*({VISION}|class_embedding))",                      # the whole LLM
     "visual": VISION,                                                   # FFN_v, and in 1.5 wqkv_v, wo_v
     "visual + attention": VISION + r"|attention\.w",                    # and the text tokens' wqkv, wo
     "all": r"^(?!.*class_embedding)",
@@ -67,12 +69,12 @@ class Stage:
     goal: str
     trainable: str                     # key of TRAINABLE
     max_tiles: int                     # most tiles of an image, thumbnail not counted [v1]
-    steps: int                         # of the tiny model; like lr and schedule: [ours]
+    steps: int                         # in RECIPES, steps, lr and schedule are for the tiny model [ours]
     lr: float
     schedule: str                      # "constant" after the warmup, or "cosine" down to zero
-    paper: str                         # what the 2B model did: samples and lr; (?) where we are unsure
+    paper: str                         # what the 2B model took: samples and lr; (?) where we are unsure
     batch: int = 16                    # samples of one optimizer step, of all GPUs together
-    max_tokens: int | None = None      # longest sample; None: the model's context
+    max_tokens: int | None = None      # of the longest sample; None: the model's context
 
 
 S0 = Stage("S0", "language, from text alone", "text", 1, 200, 1e-3, "cosine", "a pre-trained InternLM2-1.8B")
@@ -93,8 +95,7 @@ RECIPES = {
         Stage("S2", INSTRUCT, "all", 24, 3600, 1e-3, "cosine", "7 M")),
 }
 
-# The real thing, on a node of GPUs: what the papers say, and [ours] where they leave it open: batches before
-# S1.3, the learning rates of 1.5, max_tokens (256 a tile, and room for text). Steps = samples / batch.
+# SFT: supervised fine-tuning. This row is the official script of Mono-InternVL.
 SFT = Stage("S2", INSTRUCT, "all", 6, 5197, 4e-5, "cosine", "LLaVA-665k, 4e-5 cosine", 128, 2048)    # [repo]
 ICON_SIZES = {"vision_hidden_size": 256, "patch_size": 8, "image_size": 48, "max_dynamic_patch": 2}
 ICONS = (                                             # hours on a CPU, minutes on a GPU; all [ours]
@@ -102,10 +103,12 @@ ICONS = (                                             # hours on a CPU, minutes 
     Stage("S1.2", SEMANTIC, "visual", 1, 4800, 6e-4, "cosine", "", 32),
     Stage("S1.3", ALIGN, "visual + attention", 2, 150, 5e-5, "constant", "", 32),
     Stage("S2", INSTRUCT, "all", 2, 400, 5e-5, "cosine", "", 32))
-EPOCHS = 3                                            # of your own data, without --steps and --preset [ours]
+EPOCHS = 3                                            # of your own data without --steps and --preset [ours]
 PRESETS = {
     "tiny": RECIPES,                                  # from nothing, with its own small language model
-    "2b": {                                           # from a pre-trained LLM: --init_from
+    # On many GPUs, from a pre-trained LLM (--init_from). Batches before S1.3, the learning rates of 1.5 and
+    # max_tokens (256 a tile, and room for text) are [ours]. Steps = samples / batch.
+    "2b": {
         "evip": (
             Stage("S1.1", CONCEPT, "visual", 4, 450000, 2e-4, "constant", "922 M, 2e-4 (?)", 2048, 2048),
             Stage("S1.2", SEMANTIC, "visual", 6, 126000, 1e-4, "constant", "258 M, 1e-4 (?)", 2048, 2560),
@@ -116,7 +119,7 @@ PRESETS = {
             Stage("S1.2", SEMANTIC, "visual", 6, 73000, 1e-4, "constant", "150 M (?)", 2048, 2560),
             Stage("S1.3", ALIGN, "visual + attention", 12, 73000, 5e-5, "constant", "150 M", 2048, 4096),
             Stage("S2", INSTRUCT, "all", 24, 55000, 4e-5, "cosine", "7 M", 128, 8192))},
-    "llava_sft": {"evip": (SFT,), "evip++": (SFT,)},  # the official fine-tuning script, of any checkpoint
+    "llava_sft": {"evip": (SFT,), "evip++": (SFT,)},  # from any checkpoint
     "icons": {"evip": ICONS, "evip++": ICONS},        # real pictures, SmolLM2-135M: see icons.py
 }
 
@@ -126,7 +129,7 @@ def tiny_config(recipe: str, tok: Tokenizer) -> MonoInternVLConfig:
     return MonoInternVLConfig(
         vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1024,
-        rope_theta=100.0,                                               # texts are short: fast rotations
+        rope_theta=100.0,                                               # short texts need fast rotations
         attn_experts="qkvo" if recipe == "evip++" else "", vision_hidden_size=48, patch_size=8, image_size=48,
         max_dynamic_patch=2, bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id,
         img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
@@ -151,38 +154,51 @@ class Flags:
     steps: int | None = flag(None, "optimizer steps of each stage (default: as in the table)")
     lr: float | None = flag(None, "peak learning rate of each stage (default: as in the table)")
     warmup: float = flag(0.03, "fraction of the steps over which the learning rate rises")
-    weight_decay: float = flag(0.01, "AdamW's, on matrices")
+    weight_decay: float = flag(0.01, "weight decay of AdamW, for matrices only")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     max_tokens: int | None = flag(None, "longest sample (default: as in the table, or the model's context)")
     max_pixels: int = flag(MAX_PIXELS, "images with more pixels are refused")
     max_bad: float = flag(0.01, "fraction of the samples that may be unreadable before training stops")
-    seed: int = flag(0, "of weights, samples and their order")
+    seed: int = flag(0, "seed of the weights, the samples and their order")
     device: str = flag("auto", "cpu, cuda, ...; auto is cuda, else mps, else cpu")
     dtype: str = flag("auto", "of the forward pass and of frozen weights; auto: bfloat16 where it is fast",
                       choices=["auto", "float32", "bfloat16"])
     moe: str = flag("auto", "back end of the experts", choices=["auto", "dense", "torch", "cuda"])
     parallel: str = flag("auto", "ddp copies the model to each process, fsdp shards it; auto: big models",
                          choices=["auto", "ddp", "fsdp"])
-    recompute: str = flag("auto", "run layers twice to save memory; auto: if it lacks", choices=SWITCH)
-    reshard: str = flag("auto", "fsdp: gather layers twice to save memory; auto: if it lacks", choices=SWITCH)
+    recompute: str = flag("auto", "run layers twice to save memory; auto: if needed", choices=SWITCH)
+    reshard: str = flag("auto", "fsdp: gather layers twice to save memory; auto: if needed", choices=SWITCH)
     compile: str = flag("auto", "torch.compile the layers; auto: of big models on one GPU", choices=SWITCH)
-    resume: str = flag("auto", "auto continues an interrupted run, never starts from the beginning",
+    resume: str = flag("auto", "auto continues an interrupted run; never starts from the beginning",
                        choices=["auto", "never"])
     save_every: int = flag(500, "optimizer steps between checkpoints within a stage")
     keep: int = flag(2, "how many of these checkpoints are kept")
-    peak_tflops: float | None = flag(None, "of one device, for MFU (default: a matrix product is measured)")
+    peak_tflops: float | None = flag(None, "peak of one device, for MFU (default: a matrix product is timed)")
     dry_run: bool = flag(False, "only print the stages, the predicted memory and a batch")
     eval_questions: int = flag(100, "held-out questions per task at the end, 1000 for all of icons")
 
 
-# What may change when an interrupted run continues: none of it changes what is learned.
+# These flags may change when an interrupted run continues, because they do not change what is learned.
 FREE_TO_CHANGE = {"out", "device", "moe", "workers", "parallel", "recompute", "reshard", "compile",
                   "resume", "save_every", "keep", "peak_tflops", "dry_run", "eval_questions"}
 
 
 # ---------------------------------------------------------------- what a stage trains, and where
 
-USABLE = 0.8                                       # of a GPU's memory: the plan's activations are estimated
+def trainable_names(model: MonoInternVL, stage: Stage) -> set[str]:
+    return {name for name, _ in model.named_parameters() if re.search(TRAINABLE[stage.trainable], name)}
+
+
+def select_trainable(model: MonoInternVL, stage: Stage):
+    """Delta tuning: only the stage's parameters require a gradient."""
+    names = trainable_names(model, stage)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in names)
+        p.grad = None
+
+
+def shapes_of(model: MonoInternVL) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.named_parameters()}
 
 
 def is_big(model: MonoInternVL) -> bool:
@@ -194,67 +210,66 @@ def is_sharded(model: MonoInternVL, flags: Flags, processes: int) -> bool:
     return processes > 1 and (flags.parallel == "fsdp" or flags.parallel == "auto" and is_big(model))
 
 
-def fit_to_memory(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> Flags:
-    """The flags with --recompute and --reshard decided. Both save memory and cost time, running layers twice
-    more than gathering their weights twice. So auto takes the first choice whose plan fits a GPU; on a CPU,
-    big models save memory [ours]."""
-    choices = [replace(flags, recompute=recompute, reshard=reshard)
-               for recompute in ("off", "on") if flags.recompute in ("auto", recompute)
-               for reshard in ("off", "on") if flags.reshard in ("auto", reshard)]
-    for choice in choices[:-1]:
-        needed = sum(memory_plan(model, stage, choice, processes).values())
-        on_gpu = flags.device.startswith("cuda")
-        if needed <= USABLE * budget.gpu_memory(flags.device) if on_gpu else not is_big(model):
-            return choice
-    return choices[-1]
-
-
-def batch_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> tuple[int, int]:
-    """(samples per forward pass and process, forward passes per step). The table's batch is kept on any
-    number of GPUs; --batch_size with --grad_accum overrules it."""
+def batch_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> tuple[int, int, int]:
+    """(samples per forward pass and process, forward passes per step, samples per step). The table's batch is
+    kept on any number of GPUs; --batch_size with --grad_accum overrules it."""
     size = flags.batch_size or min(4 if is_big(model) else 16, max(1, stage.batch // processes))
     accum = flags.grad_accum or max(1, stage.batch // (size * processes))
-    if flags.grad_accum is None and accum * size * processes != stage.batch:
+    batch = size * accum * processes
+    if flags.grad_accum is None and batch != stage.batch:
         raise InputError(f"{processes} process(es) with --batch_size {size} do not divide {stage.name}'s "
                          f"batch of {stage.batch}; give another --batch_size, or --grad_accum as well")
-    return size, accum
+    return size, accum, batch
 
 
 def token_limit(c: MonoInternVLConfig, stage: Stage, flags: Flags) -> int:
-    """The longest sample. No flag can raise it above the model's context."""
+    """Tokens of the longest sample. No flag can raise it above the model's context."""
     return min(flags.max_tokens or stage.max_tokens or c.context_length, c.context_length)
 
 
-def trainable_names(model: MonoInternVL, stage: Stage) -> set[str]:
-    return {name for name, _ in model.named_parameters() if re.search(TRAINABLE[stage.trainable], name)}
+def memory_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> dict[str, float]:
+    """budget.memory_plan of a stage: bytes on one device, by part. The model may be on the meta device."""
+    rows, accum, _ = batch_plan(model, stage, flags, processes)
+    return budget.memory_plan(
+        shapes_of(model), trainable_names(model, stage), model.config, rows=rows, max_tiles=stage.max_tiles,
+        tokens=token_limit(model.config, stage, flags), itemsize=getattr(torch, flags.dtype).itemsize,
+        sharded_over=processes if is_sharded(model, flags, processes) else 1, reshard=flags.reshard == "on",
+        accumulated=accum > 1, recompute=flags.recompute == "on")
 
 
-def shapes_of(model: MonoInternVL) -> dict[str, torch.Size]:
-    return {name: p.shape for name, p in model.named_parameters()}
+USABLE = 0.8                 # of a GPU's memory may be planned for, because activations are only estimated
 
 
-def select_trainable(model: MonoInternVL, stage: Stage):
-    """Delta tuning: only the stage's parameters require a gradient."""
-    names = trainable_names(model, stage)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in names)
-        p.grad = None
+def fit_to_memory(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> Flags:
+    """The flags with --recompute and --reshard decided. Both save memory and cost time; running layers twice
+    costs more than gathering their weights twice. So auto takes the first choice whose plan fits a GPU. On a
+    CPU, it saves memory for big models only [ours]."""
+    choices = [replace(flags, recompute=recompute, reshard=reshard)
+               for recompute in ("off", "on") if flags.recompute in ("auto", recompute)
+               for reshard in ("off", "on") if flags.reshard in ("auto", reshard)]
+    if not flags.device.startswith("cuda"):
+        return choices[-1 if is_big(model) else 0]
+    for choice in choices[:-1]:
+        needed = sum(memory_plan(model, stage, choice, processes).values())
+        if needed <= USABLE * budget.gpu_memory(flags.device):
+            return choice
+    return choices[-1]
 
 
 def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
     """Moves the model to its device and dtype, wraps it in DDP or FSDP, and returns the module to call.
 
-    What trains is held in float32, what is frozen in the dtype of the forward pass. DDP: each process holds
-    the whole model, and gradients are averaged. FSDP: each holds a share of every tensor, and gathers a layer
-    when the layer runs. flags: as fit_to_memory returns them.
+    Weights that train are held in float32, frozen ones in the dtype of the forward pass. With DDP, each
+    process holds the whole model, and gradients are averaged. With FSDP, each holds a share of every tensor
+    and gathers a layer when the layer runs. flags: as fit_to_memory returns them.
     """
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else getattr(torch, flags.dtype))
     device, layers = torch.device(flags.device), model.language_model.model.layers
     model.moe = flags.moe
     model.language_model.recompute = flags.recompute == "on"
-    measured_gain = is_big(model) and device.type == "cuda" and world_size() == 1      # a quarter of the time
-    if flags.compile == "on" or flags.compile == "auto" and measured_gain:
+    compile_pays = is_big(model) and device.type == "cuda" and world_size() == 1       # measured there only
+    if flags.compile == "on" or flags.compile == "auto" and compile_pays:
         for layer in layers:
             layer.compile(dynamic=True)
     if is_sharded(model, flags, world_size()):
@@ -269,25 +284,26 @@ def distribute(model: MonoInternVL, flags: Flags) -> torch.nn.Module:
 
 def make_optimizer(model: MonoInternVL, flags: Flags) -> torch.optim.AdamW:
     """AdamW for the trainable parameters only. Weight decay is for matrices, not for norms and biases."""
-    trainable = [p for p in model.parameters() if p.requires_grad]         # FSDP has replaced them
+    trainable = [p for p in model.parameters() if p.requires_grad]         # FSDP has replaced them by now
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": flags.weight_decay},
          {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}],
         lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    for p in trainable:                            # made now, so that a checkpoint can be loaded into it
+    for p in trainable:                            # before the first step, so that load_training can fill it
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 
 def moments(model: MonoInternVL, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """AdamW's two moments of each trainable parameter, under their names in a checkpoint."""
     return {f"{name}.{key}": optimizer.state[p][key] for name, p in model.named_parameters()
             if p.requires_grad for key in ("exp_avg", "exp_avg_sq")}
 
 
 def peak_lr(model: MonoInternVL, stage: Stage, flags: Flags) -> float:
-    """--lr, or the table's. The tiny model's rates would ruin a big model, which takes that of the
-    official fine-tuning [ours]."""
+    """--lr, or the table's. The tiny model's rates would ruin a big model, which takes the official
+    fine-tuning's instead [ours]."""
     if flags.lr is not None:
         return flags.lr
     return SFT.lr if flags.preset == "tiny" and is_big(model) else stage.lr
@@ -306,9 +322,9 @@ def learning_rate(step: int, steps: int, peak: float, stage: Stage, flags: Flags
 # ---------------------------------------------------------------- one optimizer step
 
 def next_batches(source, batches: Batches, accum: int, flags: Flags) -> tuple[list[dict], float, int, int]:
-    """(the micro-batches of this process; of all processes together: the supervised tokens, and how many bad
-    samples there were among how many). Raises InputError on every process if one of them cannot read enough
-    samples."""
+    """Reads the micro-batches of one step, one for each forward pass. Returns them and, over all processes,
+    the step's supervised tokens, the bad samples so far, and the samples read so far. Raises InputError on
+    every process if one of them cannot read enough samples."""
     micro, problem = [], None
     try:
         micro = [next(source) for _ in range(accum)]
@@ -316,40 +332,39 @@ def next_batches(source, batches: Batches, accum: int, flags: Flags) -> tuple[li
         problem = str(e)
     supervised = sum(int((m["labels"][:, 1:] != -100).sum()) for m in micro)
     bad, seen, total = map(int, common.sum_over_processes(len(batches.bad), batches.seen, supervised))
-    # Each process meets the same bad samples once per epoch, hence size · world_size.
+    # Over several epochs each process meets every sample, so one sample can count world_size times.
     common.stop_together(problem or data.too_many_bad(
         bad, seen, world_size() * (batches.size or sys.maxsize), flags.max_bad))
     return micro, total, bad, seen
 
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:
-    """A copy to a GPU from pinned memory does not make the host wait. Tiles travel as uint8, a quarter of the
-    bytes, and become what the model takes on the device."""
+    """A copy from pinned memory to a GPU does not make the host wait. Tiles travel as uint8, a quarter of the
+    bytes, and are normalised on the device."""
     t = t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
     return normalise(t) if t.dtype == torch.uint8 else t
 
 
 def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stage: Stage,
              flags: Flags) -> list[Tensor]:
-    """Adds the gradients of the mean loss over `total` supervised tokens, those of the whole step and of all
-    processes: not a mean of means. Returns the tokens' losses, (supervised,) for each micro-batch."""
+    """Adds the gradients of the mean loss over the step's `total` supervised tokens on all processes: not a
+    mean of means. Returns each token's loss, (supervised,) per micro-batch. forward: from `distribute`."""
     device, c, token_losses = torch.device(flags.device), model.config, []
     fsdp = isinstance(model, FSDPModule)
     for i, m in enumerate(micro):
         inputs = {k: to_device(v, device) for k, v in m.items() if isinstance(v, Tensor)}
-        # What the host has to know, it reads from the CPU's tensors and need not ask the GPU. Of the pixels,
-        # only their shape and dtype matter.
+        # The checks read the tensors on the CPU, so the host does not wait for the GPU. Of the pixels, they
+        # need only shape and dtype.
         sizes = model.check_inputs(m["input_ids"], inputs.get("pixel_values"), m["attention_mask"],
                                    m["labels"], m.get("document_ids"))
         if inputs.get("pixel_values") is None and stage.trainable != "text":
             # Pass zero tiles rather than None: visual experts then run on no tokens and get zero gradients,
             # so all ranks exchange the same set.
-            side = c.image_size
-            inputs["pixel_values"] = torch.zeros(0, c.num_channels, side, side, device=device)
-        last = i + 1 == len(micro)                                         # gradients travel once per step
+            inputs["pixel_values"] = torch.zeros(0, c.num_channels, c.image_size, c.image_size, device=device)
+        last = i + 1 == len(micro)                 # the last pass of a step exchanges the gradients
         if fsdp:
             model.set_requires_gradient_sync(last)
-            model.set_reshard_after_backward(last or flags.reshard == "on")    # weights change after the last
+            model.set_reshard_after_backward(last or flags.reshard == "on")    # the weights change after it
         with (forward.no_sync() if forward is not model and not last else nullcontext(),
               torch.autocast(device.type, torch.bfloat16,                  # FSDP casts by itself
                              enabled=flags.dtype == "bfloat16" and not fsdp)):
@@ -361,31 +376,33 @@ def backward(model: MonoInternVL, forward, micro: list[dict], total: float, stag
 
 
 def account(c: MonoInternVLConfig, micro: list[dict], token_losses: list[Tensor]):
-    """What this process learned from in a step: (the sum of the losses, their mean by task, the samples whose
-    loss is not finite, the numbers of tokens by kind, as budget.flop_rates has them)."""
-    sums, counts, not_finite, own = defaultdict(float), defaultdict(int), [], defaultdict(int)
+    """What this process learned from in a step: (the sum of the losses, their mean by task, the ids of the
+    samples whose loss is not finite, the amounts of data.count_tokens)."""
+    sums, counts, not_finite, amounts = defaultdict(float), defaultdict(int), [], defaultdict(int)
     for m, losses in zip(micro, token_losses, strict=True):
-        of_label = data.sample_numbers(m)[:, 1:][m["labels"][:, 1:] != -100]    # (supervised,)
+        owner = data.sample_numbers(m)[:, 1:][m["labels"][:, 1:] != -100]  # (supervised,): each one's sample
         n = len(m["ids"])
-        by_sample = torch.zeros(n).index_add_(0, of_label, losses.float().cpu()).tolist()
-        labels = of_label.bincount(minlength=n).tolist()
-        for sample, task, loss, tokens in zip(m["ids"], m["tasks"], by_sample, labels, strict=True):
+        by_sample = torch.zeros(n).index_add_(0, owner, losses.float().cpu()).tolist()
+        labels = owner.bincount(minlength=n).tolist()
+        for sample, task, loss, number in zip(m["ids"], m["tasks"], by_sample, labels, strict=True):
             sums[str(task)] += loss
-            counts[str(task)] += tokens
-            not_finite += [] if math.isfinite(loss) else [sample]
+            counts[str(task)] += number
+            if not math.isfinite(loss):
+                not_finite.append(sample)
         for kind, number in data.count_tokens(m, c.tokens_per_tile).items():
-            own[kind] += number
-    return sum(sums.values()), {task: sums[task] / max(1, counts[task]) for task in sums}, not_finite, own
+            amounts[kind] += number
+    means = {task: sums[task] / max(1, counts[task]) for task in sums}
+    return sum(sums.values()), means, not_finite, amounts
 
 
 # ---------------------------------------------------------------- progress: bar, log, TensorBoard
 
 class Progress:
     """What a run shows and keeps: a bar for each stage, log.jsonl with a line per event, and tensorboard/ if
-    TensorBoard is installed. Later processes write their bad samples to log.rank1.jsonl, ..."""
+    TensorBoard is installed. Other processes write their bad samples to log.rank1.jsonl and so on."""
 
     def __init__(self, path: Path, length: int | None = None):
-        """length: bytes of an earlier run's log that stay."""
+        """length: bytes of an earlier run's log to keep. None keeps all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path.with_suffix(f".rank{rank()}.jsonl") if rank() else path, "ab")
         if length is not None and length < self.file.tell():
@@ -398,8 +415,9 @@ class Progress:
 
     @contextmanager
     def steps(self, stage: Stage, model: MonoInternVL, first: int, steps: int, flags: Flags):
-        """Yields the numbers of a stage's steps that are to be done, under a bar."""
-        self.stage, self.device, self.bad_of = stage.name, flags.device, (0, 0)
+        """Yields the numbers of the steps that are left to do, as a bar that moves with them."""
+        self.stage, self.device = stage.name, flags.device
+        self.bad = self.seen = 0                   # samples of all processes; train_stage sets them
         self.totals, self.started = defaultdict(float), time.time()
         self.rates = budget.flop_rates(shapes_of(model), trainable_names(model, stage), model.config)
         self.peak = (flags.peak_tflops or 0) * 1e12 or budget.measured_peak(flags.device, flags.dtype)
@@ -414,9 +432,9 @@ class Progress:
             yield self.bar
         finally:
             self.bar.close()
-            if self.bad_of[0]:
-                say("{}: {} of {} samples were bad and left out; log.jsonl names them".format(
-                    self.stage, *self.bad_of))
+            if self.bad:
+                say(f"{self.stage}: {self.bad} of {self.seen} samples were bad and left out; "
+                    "log.jsonl names them")
             if self.board:
                 self.board.close()
 
@@ -425,19 +443,19 @@ class Progress:
         self.write(event="bad sample", error=error)
 
     def check_finite(self, step: int, loss: float, norm: float, samples: list):
-        """Raises InputError on all processes. samples: those of this one whose loss is not finite."""
+        """Raises InputError on all processes. samples: those of this process whose loss is not finite."""
         if not math.isfinite(loss) or not math.isfinite(norm):
             names = ", ".join(map(str, samples)) or "none of this process"
             raise InputError(f"the loss of {self.stage} is {loss} at step {step}, the gradient's norm "
                              f"{norm}; lower --lr, or look at these samples: {names:.2000}")
 
-    def report(self, step: int, loss: float, lr: float, norm: float, by_task: dict, own: dict,
-               everyones: dict, micro: list[dict], utilisation: float | None):
-        """own, everyones: the step's tokens, of this process and of all, by kind as in budget.flop_rates.
-        utilisation: of packed rows."""
-        self.totals["tokens"] += everyones["text"] + everyones["visual"]
-        self.totals["visual"] += everyones["visual"]
-        self.totals["flop"] += sum(self.rates[kind] * own[kind] for kind in own)
+    def report(self, step: int, loss: float, lr: float, norm: float, by_task: dict, amounts: dict,
+               text: float, visual: float, micro: list[dict], utilisation: float | None):
+        """by_task, amounts: as `account` returns them. text, visual: the step's tokens of all processes.
+        utilisation: the share of packed rows that is filled, None without --pack."""
+        self.totals["tokens"] += text + visual
+        self.totals["visual"] += visual
+        self.totals["flop"] += sum(self.rates[kind] * number for kind, number in amounts.items())
         seconds = time.time() - self.started
         shown = {"loss": loss, "lr": lr, "grad_norm": norm,
                  "tokens_per_s": round(self.totals["tokens"] / seconds),
@@ -463,23 +481,22 @@ def save(model: MonoInternVL, tok: Tokenizer, folder: Path):
 
 def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progress: Progress, tok: Tokenizer,
                 partial: Path | None = None) -> bool:
-    """Trains the stage's parameters in place, from the newest checkpoint in the folder `partial` on. Returns
-    True when all steps are done, False after SIGTERM or Ctrl-C, with a checkpoint of the last step."""
-    batch_size, accum = batch_plan(model, stage, flags, world_size())
-    steps = stage.steps if flags.steps is None else flags.steps
+    """Trains the parameters in place. Continues from the newest checkpoint in the folder `partial` and
+    saves there. Returns True when all steps are done, False after SIGTERM or Ctrl-C."""
+    batch_size, accum, batch = batch_plan(model, stage, flags, world_size())
+    steps = flags.steps or stage.steps
     select_trainable(model, stage)
     flags = fit_to_memory(model, stage, flags, world_size())
+    # GPUs may differ in memory, but all processes must gather layers at the same times.
     recompute, reshard = common.sum_over_processes(flags.recompute == "on", flags.reshard == "on")
-    if recompute or reshard:                       # their GPUs may differ, but they gather together
-        flags = replace(flags, recompute="on" if recompute else "off", reshard="on" if reshard else "off")
+    flags = replace(flags, recompute="on" if recompute else "off", reshard="on" if reshard else "off")
     forward = distribute(model, flags)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, flags)
     batches = Batches(dataset, batch_size, tok.pad_id, seed=flags.seed, rank=rank(), world_size=world_size(),
                       workers=flags.workers, pool=flags.pool, on_bad=progress.bad_sample,
                       pack_tokens=token_limit(model.config, stage, flags) if flags.pack else None,
-                      max_bad=1.0)                                         # next_batches counts those of all
-    batch = batch_size * accum * world_size()
+                      max_bad=1.0)                 # next_batches counts the bad samples of all processes
     first, newest = 0, partial and checkpoint.newest_partial(partial)
     if newest:
         first = checkpoint.load_training(newest, moments(model, optimizer), batches, batch)
@@ -489,12 +506,12 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     model.train()
     with checkpoint.stop_signals() as stopped, progress.steps(stage, model, first, steps, flags) as numbers:
         for step in numbers:
-            micro, supervised, *progress.bad_of = next_batches(source, batches, accum, flags)
+            micro, supervised, progress.bad, progress.seen = next_batches(source, batches, accum, flags)
             token_losses = backward(model, forward, micro, supervised, stage, flags)
             norm = full_tensor(torch.nn.utils.clip_grad_norm_(trainable, flags.grad_clip)).item()
-            loss_sum, by_task, not_finite, own = account(model.config, micro, token_losses)
+            loss_sum, by_task, not_finite, amounts = account(model.config, micro, token_losses)
             loss, text, visual, stop = common.sum_over_processes(
-                loss_sum, own["text"], own["visual"], len(stopped))
+                loss_sum, amounts["text"], amounts["visual"], len(stopped))
             loss /= max(1, supervised)
             progress.check_finite(step, loss, norm, not_finite)
             lr = learning_rate(step, steps, peak_lr(model, stage, flags), stage, flags)
@@ -502,7 +519,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            progress.report(step, loss, lr, norm, by_task, own, {"text": text, "visual": visual}, micro,
+            progress.report(step, loss, lr, norm, by_task, amounts, text, visual, micro,
                             batches.utilisation if flags.pack else None)
             is_last = step + 1 == steps
             if partial and not is_last and (stop or (step + 1) % flags.save_every == 0):
@@ -516,13 +533,35 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     return True
 
 
-# ---------------------------------------------------------------- what a stage starts from, and what it kept
+# ---------------------------------------------------------------- what a stage starts from
+
+def language_model_origin(flags: Flags, folder: Path, new_tokenizer: Path):
+    """What `origin` returns, for an LLM that has not seen pictures. Its tokenizer gets the tokens that a
+    picture needs."""
+    tok = Tokenizer(folder)
+    num_tokens = len(tok)
+    missing = [token for token in checkpoint.IMAGE_TOKENS if token not in tok.special_tokens]
+    if missing:
+        checkpoint.add_tokens(folder, new_tokenizer, missing, len(tok))
+        tok = Tokenizer(new_tokenizer)
+    config = MonoInternVLConfig.from_llm(
+        folder, attn_experts="qkvo" if flags.recipe == "evip++" else "", bos_token_id=tok.bos_id,
+        eos_token_id=tok.eos_id, pad_token_id=tok.pad_id, **(ICON_SIZES if flags.preset == "icons" else {}))
+    config = replace(config, vocab_size=max(config.vocab_size, len(tok)),
+                     img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
+
+    def build() -> MonoInternVL:
+        torch.manual_seed(flags.seed)              # the same random vision embedding whenever it is built
+        return MonoInternVL.from_llm(folder, config, dtype=None, num_tokens=num_tokens)
+
+    return config, tok, build
+
 
 def origin(flags: Flags, stage: Stage, first: bool, out: Path, new_tokenizer: Path | None = None):
-    """(config, tokenizer, a function that makes the model) that a stage begins with: --init_from for the
-    first of the run, the stage before it, or for S0 a new model. new_tokenizer: where to write a tokenizer
-    that has to be made (default: in `out`)."""
-    recipe, new_tokenizer = PRESETS[flags.preset][flags.recipe], new_tokenizer or out / "tokenizer"
+    """What a stage starts from: (config, tokenizer, a function that builds the model). S0 starts from a new
+    model, the `first` stage of a run from --init_from, any other from the stage before it. new_tokenizer:
+    where to write a tokenizer that has to be made (default: in `out`)."""
+    new_tokenizer = new_tokenizer or out / "tokenizer"
     if stage.name == "S0" and not flags.init_from:
         if not rank():
             make_world_tokenizer(new_tokenizer)
@@ -530,37 +569,25 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path, new_tokenizer: Pa
         tok = Tokenizer(new_tokenizer)
         config = tiny_config(flags.recipe, tok)
         return config, tok, lambda: MonoInternVL(config)
-    before = recipe[max(0, recipe.index(stage) - 1)]
-    folder = Path(flags.init_from) if flags.init_from and first else out / before.name
-    if before is stage and not flags.init_from:
+    recipe = PRESETS[flags.preset][flags.recipe]
+    if flags.init_from and first:
+        folder = Path(flags.init_from)
+    elif stage == recipe[0]:
         raise InputError(f"{stage.name} of --preset {flags.preset} starts from a model: name its folder with "
                          "--init_from")
+    else:
+        folder = out / recipe[recipe.index(stage) - 1].name
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no checkpoint to start {stage.name} from: "
                          "run the stages before it, or name a folder with --init_from")
     if read_json(folder / "config.json").get("model_type") in ("internlm2", "llama"):
-        tok = Tokenizer(folder)
-        num_tokens = len(tok)
-        missing = [token for token in checkpoint.IMAGE_TOKENS if token not in tok.special_tokens]
-        if missing:
-            checkpoint.add_tokens(folder, new_tokenizer, missing, len(tok))
-            tok = Tokenizer(new_tokenizer)
-        config = MonoInternVLConfig.from_llm(
-            folder, attn_experts="qkvo" if flags.recipe == "evip++" else "", bos_token_id=tok.bos_id,
-            eos_token_id=tok.eos_id, pad_token_id=tok.pad_id,
-            **(ICON_SIZES if flags.preset == "icons" else {}))
-        config = replace(config, vocab_size=max(config.vocab_size, len(tok)),
-                         img_context_token_id=tok.token_id("<IMG_CONTEXT>"))
-
-        def build() -> MonoInternVL:
-            torch.manual_seed(flags.seed)          # the same random vision embedding whenever it is built
-            return MonoInternVL.from_llm(folder, config, dtype=None, num_tokens=num_tokens)
-        return config, tok, build
+        return language_model_origin(flags, folder, new_tokenizer)
 
     def build() -> MonoInternVL:
         model = MonoInternVL.from_pretrained(folder, dtype=None)
         # EViP begins: the visual experts start as copies of the text experts.
         return model.copy_text_experts() if folder == out / "S0" else model
+
     config, tok = MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder)
     if (flags.recipe == "evip++") != bool(config.attn_experts):
         kind, other = ("1.5", "evip++") if config.attn_experts else ("v1", "evip")
@@ -572,10 +599,10 @@ def origin(flags: Flags, stage: Stage, first: bool, out: Path, new_tokenizer: Pa
     return config, tok, build
 
 
-# ---------------------------------------------------------------- the plan of a run
+# ---------------------------------------------------------------- what a run will do
 
 def print_stages(stages: list[Stage], done: list[str], model: MonoInternVL, flags: Flags, processes: int):
-    """What the run will do, and with what. The model may be on the meta device."""
+    """The sizes of the model and the table of stages. The model may be on the meta device."""
     counts = model.parameter_counts()
     total, text, visual = (counts[key] / 1e6 for key in ("total", "text", "visual"))
     say(f"{flags.recipe}: {total:.2f} M parameters, {text:.2f} M for a text token, {visual:.2f} M for a "
@@ -584,21 +611,31 @@ def print_stages(stages: list[Stage], done: list[str], model: MonoInternVL, flag
     say(f"{'stage':6}{'learns':34}{'trains':20}{'tiles':>5}{'steps':>8}{'batch':>7}{'lr':>8}"
         "  2B model in the paper")
     for s in stages:
-        size, accum = batch_plan(model, s, flags, processes)
-        own = f"{EPOCHS} ep." if flags.data and flags.preset == "tiny" else s.steps
-        say(f"{s.name:6}{s.goal:34}{s.trainable:20}{s.max_tiles:5}{flags.steps or own:>8}"
-            f"{size * accum * processes:7}{peak_lr(model, s, flags):8.0e}  {s.paper}"
-            + ("  (done)" if s.name in done else ""))
+        steps = flags.steps or (f"{EPOCHS} ep." if flags.data and flags.preset == "tiny" else s.steps)
+        *_, batch = batch_plan(model, s, flags, processes)
+        say(f"{s.name:6}{s.goal:34}{s.trainable:20}{s.max_tiles:5}{steps:>8}{batch:7}"
+            f"{peak_lr(model, s, flags):8.0e}  {s.paper}" + ("  (done)" if s.name in done else ""))
 
 
-def memory_plan(model: MonoInternVL, stage: Stage, flags: Flags, processes: int) -> dict[str, float]:
-    """budget.memory_plan of a stage. The model may be on the meta device."""
-    rows, accum = batch_plan(model, stage, flags, processes)
-    return budget.memory_plan(
-        shapes_of(model), trainable_names(model, stage), model.config, rows=rows, max_tiles=stage.max_tiles,
-        tokens=token_limit(model.config, stage, flags), itemsize=getattr(torch, flags.dtype).itemsize,
-        sharded_over=processes if is_sharded(model, flags, processes) else 1, reshard=flags.reshard == "on",
-        accumulated=accum > 1, recompute=flags.recompute == "on")
+def print_memory(stages: list[Stage], model: MonoInternVL, flags: Flags, processes: int):
+    """The memory that each stage needs on a device and, with --peak_tflops, its hours."""
+    print("\nMemory per device in GB for the longest batch (activations are estimated)"
+          + (f", and hours if\nevery sample were the longest at {flags.peak_tflops:g} TFLOP/s a device"
+             if flags.peak_tflops else "") + ":")
+    shapes, speed = shapes_of(model), processes * (flags.peak_tflops or math.nan) * 1e12
+    for stage in stages:
+        trained, longest = trainable_names(model, stage), token_limit(model.config, stage, flags)
+        flop = budget.sample_flop(shapes, trained, model.config, longest, stage.max_tiles)
+        chosen = fit_to_memory(model, stage, flags, processes)
+        words = ["layers run twice"] if chosen.recompute == "on" else []
+        if is_sharded(model, flags, processes):
+            words += ["layers are gathered twice" if chosen.reshard == "on" else "layers stay gathered"]
+        budget.print_plan(stage.name, sum(math.prod(shapes[name]) for name in trained),
+                          memory_plan(model, stage, chosen, processes), words,
+                          (flags.steps or stage.steps) * stage.batch * flop / speed)
+    if flags.device.startswith("cuda"):
+        print("--recompute auto and --reshard auto take the fastest choice of at most "
+              f"{USABLE * budget.gpu_memory(flags.device) / 1e9:.1f} GB, {USABLE:.0%} of a GPU's memory.")
 
 
 def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, processes: int):
@@ -617,31 +654,15 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
         print_stages(stages, done, model, flags, processes)
         if rank():
             return
-        print("\nMemory per device in GB for the longest batch (activations are estimated)"
-              + (f", and hours if\nevery sample were the longest at {flags.peak_tflops:g} TFLOP/s a device"
-                 if flags.peak_tflops else "") + ":")
-        shapes, speed = shapes_of(model), processes * (flags.peak_tflops or math.nan) * 1e12
-        for stage in stages:
-            trained, longest = trainable_names(model, stage), token_limit(config, stage, flags)
-            flop = budget.sample_flop(shapes, trained, config, longest, stage.max_tiles)
-            chosen = fit_to_memory(model, stage, flags, processes)
-            words = ["layers run twice"] * (chosen.recompute == "on")
-            if is_sharded(model, flags, processes):
-                words += [f"layers {'are gathered twice' if chosen.reshard == 'on' else 'stay gathered'}"]
-            budget.print_plan(stage.name, sum(math.prod(shapes[name]) for name in trained),
-                              memory_plan(model, stage, chosen, processes), words,
-                              (flags.steps or stage.steps) * stage.batch * flop / speed)
-        if flags.device.startswith("cuda"):
-            print("--recompute auto and --reshard auto take the fastest choice of at most "
-                  f"{USABLE * budget.gpu_memory(flags.device) / 1e9:.1f} GB, {USABLE:.0%} of a GPU's memory.")
+        print_memory(stages, model, flags, processes)
         if missing:
             print(f"\nThere is no example batch without {' and '.join(missing)}.")
             return
-        size, accum = batch_plan(model, stages[0], flags, processes)
-        dataset, _ = load_data(stages[0], tok, config, flags, size * accum * processes)
-        limit = token_limit(config, stages[0], flags)
+        size, accum, samples = batch_plan(model, stages[0], flags, processes)
+        dataset, _ = load_data(stages[0], tok, config, flags, samples)
+        limit = token_limit(config, stages[0], flags) if flags.pack else None
         batch = next(iter(Batches(dataset, size, tok.pad_id, seed=flags.seed, pool=flags.pool,
-                                  pack_tokens=limit if flags.pack else None)))
+                                  pack_tokens=limit)))
         print(f"\n{stages[0].name}: {accum} × {processes} × {size} rows a step. The first batch has the "
               f"shape {tuple(batch['input_ids'].shape)}. What is learned stands between » and «:")
         print(data.batch_as_text(batch, tok))
@@ -674,7 +695,7 @@ def check_flags(flags: Flags) -> list[Stage]:
 
 
 def choose_device(flags: Flags):
-    """Replaces auto. torchrun numbers the processes of a machine, and each takes its GPU."""
+    """Replaces auto in --device and --dtype. torchrun starts one process for each GPU of a machine."""
     if flags.device == "auto":
         flags.device = common.auto_device()
     if flags.device == "cuda":
@@ -694,7 +715,7 @@ def choose_device(flags: Flags):
 
 
 def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: Flags, batch: int):
-    """(dataset, the stage with the steps that it will take). batch: samples of a step."""
+    """(dataset of a stage, the stage with the number of its steps). batch: samples per step."""
     if not flags.data:
         return World(stage.name, tok, config, stage.max_tiles, flags.seed), stage
     if flags.preset == "icons":
@@ -705,17 +726,17 @@ def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: F
     if stage.trainable.startswith("visual") and not dataset.has_images:
         raise InputError(f"{stage.name} learns to see, but no sample of {flags.data} has an image; for "
                          "text alone, choose --stages S2")
-    if flags.steps is None and flags.preset == "tiny":                     # its table counts other samples
+    if flags.preset == "tiny":                     # whose steps are for the embedded world
         stage = replace(stage, steps=math.ceil(EPOCHS * len(dataset) / batch))
-    drawn = batch * (flags.steps or stage.steps)
+    steps = flags.steps or stage.steps
     say(f"{stage.name} learns from {len(dataset)} samples: "
         + ", ".join(f"{len(d)} of {d.task}" for d in dataset.datasets)
-        + f"; {flags.steps or stage.steps} steps draw {drawn}: {drawn / len(dataset):.3g} epochs")
+        + f"; {steps} steps draw {batch * steps}: {batch * steps / len(dataset):.3g} epochs")
     return dataset, stage
 
 
 def open_progress(out: Path, stage: Stage | None, record: dict, flags: Flags) -> Progress:
-    """log.jsonl, cut to what an interrupted run had written by its last checkpoint."""
+    """Opens log.jsonl, cut to what an interrupted run had written by its last checkpoint."""
     partial = checkpoint.newest_partial(out / f"{stage.name}.partial") if stage else None
     length = record["log"] if record["done"] and not rank() else None
     if partial and (partial / f"rank{rank()}.json").exists():
@@ -726,31 +747,30 @@ def open_progress(out: Path, stage: Stage | None, record: dict, flags: Flags) ->
 
 
 def run_stage(stage: Stage, start: tuple, out: Path, flags: Flags, progress: Progress, report: dict) -> bool:
-    """Trains a stage from `start`, what origin returns, or from its newest checkpoint, and saves it. Returns
-    False if it was stopped."""
+    """Trains a stage from `start`, what origin returned, or from its newest checkpoint, and saves it. Returns
+    False if it is stopped. `report` gets the proof that the text model has not changed."""
     config, tok, build = start
     folder = out / f"{stage.name}.partial"
     partial = checkpoint.newest_partial(folder)
     model = MonoInternVL.from_pretrained(partial / "model", dtype=None) if partial else build()
-    if stage.trainable != "text":                  # what it was trained with is what it is asked with [repo]
+    if stage.trainable != "text":                  # later questions come with as many tiles as these [repo]
         model.config.max_dynamic_patch = max(stage.max_tiles, config.min_dynamic_patch)
-    size, accum = batch_plan(model, stage, flags, world_size())
-    dataset, stage = load_data(stage, tok, config, flags, size * accum * world_size())
+    *_, batch = batch_plan(model, stage, flags, world_size())
+    dataset, stage = load_data(stage, tok, config, flags, batch)
     if not train_stage(model, dataset, stage, flags, progress, tok, folder):
         say(f"stopped; {folder} is complete: the same command continues from there")
         return False
     save(model, tok, out / stage.name)
     del model
     if stage.trainable == "visual" and not rank():
-        dtype = getattr(torch, flags.dtype)                                # that of what is frozen
-        before, after = build(), MonoInternVL.from_pretrained(out / stage.name, dtype=None)
-        report[stage.name] = delta_verdict(before.to(flags.device, dtype), after.to(flags.device, dtype),
-                                           trainable_names(after, stage), tok, stage.name)
+        to = flags.device, getattr(torch, flags.dtype)                     # the dtype of frozen weights
+        before, after = build().to(*to), MonoInternVL.from_pretrained(out / stage.name, dtype=None).to(*to)
+        report[stage.name] = delta_verdict(before, after, trainable_names(after, stage), tok, stage.name)
     return True
 
 
 def finish(out: Path, flags: Flags, ask: bool, report: dict, started: float):
-    """Pictures, the table of held-out questions if `ask`, results.json."""
+    """Writes the pictures and results.json. ask: the final model answers held-out questions of the world."""
     report["train seconds"] = time.time() - started
     plot_loss(out / "log.jsonl", out / "loss.png")
     if ask:
@@ -775,18 +795,19 @@ def run(flags: Flags):
     if world_size() > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if flags.device.startswith("cuda") else "gloo")
     # A model that learns from your own data must not replace the stages of the default run.
-    own = "own" if flags.data and flags.init_from else None
-    ending = own if flags.preset == "tiny" else flags.preset
-    out = Path(flags.out or f"out/{flags.recipe}" + (f"-{ending}" if ending else ""))
+    own = "-own" if flags.data and flags.init_from else ""
+    ending = own if flags.preset == "tiny" else f"-{flags.preset}"
+    out = Path(flags.out or f"out/{flags.recipe}{ending}")
     torch.manual_seed(flags.seed)
     with nullcontext() if flags.dry_run else checkpoint.lock_run(out):
         run_stages(stages, out, flags)
 
 
 def run_stages(stages: list[Stage], out: Path, flags: Flags):
+    """Trains the stages that OUT/run.json does not record as done."""
     started, partials = time.time(), [out / f"{stage.name}.partial" for stage in stages]
     record = checkpoint.read_run(out, vars(flags), partials, FREE_TO_CHANGE)
-    common.wait_for_all()                          # all have read the record: from now on it may change
+    common.wait_for_all()                          # every process has read the record: it may change now
     if flags.dry_run:
         return dry_run(stages, record["done"], flags, out, world_size())
     if record["interrupted"]:
@@ -807,7 +828,8 @@ def run_stages(stages: list[Stage], out: Path, flags: Flags):
     record |= {"flags": record["flags"] | vars(flags), "processes": world_size()}
     checkpoint.write_run(out, record)
     for stage in todo:
-        start = start if stage is first else origin(flags, stage, stage is stages[0], out)
+        if stage is not first:
+            start = origin(flags, stage, False, out)
         if not run_stage(stage, start, out, flags, progress, report):
             return
         record["done"].append(stage.name)
@@ -825,7 +847,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(Flags, argv, __doc__.split("\n")[0])
     try:
         run(flags)
-    except (InputError, OSError, SafetensorError) as e:                # such as: no space left on device
+    except (InputError, OSError, SafetensorError) as e:                    # the disk may be full
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
