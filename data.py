@@ -23,7 +23,6 @@ from bisect import bisect_right, insort_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -57,7 +56,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder, self.sp, self.library = Path(folder), None, None
+        self.folder, self.sp, self.library = Path(folder), None, None      # one of the last two will be set
         added, config = ({} if not (self.folder / name).exists() else read_json(self.folder / name)
                          for name in ("added_tokens.json", "tokenizer_config.json"))
         decoder = config.get("added_tokens_decoder", {})
@@ -264,7 +263,9 @@ def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_
             ids += tok.encode(piece, bos=False)
         input_ids += ids
         labels += ids if role == "gpt" else [IGNORED] * len(ids)
-    return input_ids, labels if role == "gpt" else [IGNORED] * len(labels)
+    if role != "gpt":                              # the last turn is a question
+        labels = [IGNORED] * len(labels)
+    return input_ids, labels
 
 
 # ---------------------------------------------------------------- pictures: tiling and normalisation
@@ -671,21 +672,23 @@ def load_meta(path: str | Path, tok: Tokenizer, config, max_tiles: int | None = 
         if unknown := entry.keys() - {"root", "annotation", "repeat_time", "max_dynamic_patch",
                                       "data_augment", "length", "stages", "augment"}:
             raise InputError(f"{here} has the unknown field {readable(min(unknown))}")
-        for field in ("data_augment", "augment"):
-            if type(entry.get(field, False)) is not bool:
-                raise InputError(f"{here}: {field} is {entry[field]!r:.60}, expected true or false")
+        options = {field: entry.get(field, False) for field in ("data_augment", "augment")}
+        for field, value in options.items():
+            if type(value) is not bool:
+                raise InputError(f"{here}: {field} is {value!r:.60}, expected true or false")
         stages = entry.get("stages", [stage])
         if not isinstance(stages, list) or "stages" in entry and {*map(type, stages)} != {str}:
             raise InputError(f'{here}: stages is {stages!r:.60}, expected a list such as ["S1.1", "S1.2"]')
         if stage is not None and stage not in stages:
             continue
-        options = (tok, config, entry.get("repeat_time", 1), entry.get("max_dynamic_patch", max_tiles),
-                   max_tokens, seed, name, max_pixels, entry.get("data_augment", False),
-                   entry.get("augment", False))
+        options |= {"repeat_time": entry.get("repeat_time", 1), "seed": seed, "max_tokens": max_tokens,
+                    "max_tiles": entry.get("max_dynamic_patch", max_tiles), "max_pixels": max_pixels,
+                    "task": name}
         if shards:
-            datasets.append(TarDataset([str(folder / str(shard)) for shard in shards], *options))
+            paths = [str(folder / str(shard)) for shard in shards]
+            datasets.append(TarDataset(paths, tok, config, **options))
         else:
-            datasets.append(JsonlDataset(folder / files, folder / entry["root"], *options))
+            datasets.append(JsonlDataset(folder / files, folder / entry["root"], tok, config, **options))
     if not datasets:
         raise InputError(f"{path}: no dataset is for {stage}; add it to the stages of one, or name other "
                          "--stages")
@@ -798,12 +801,8 @@ class ErrorsAsValues(Dataset):
             return i, None, str(e)
 
 
-class Buffered(NamedTuple):
-    """A sample that waits for its batch. `number`: it is the n-th sample that this rank read."""
-    number: int
-    index: int                                     # in the dataset
-    tokens: int
-    sample: dict
+def num_tokens(sample: dict) -> int:
+    return len(sample["input_ids"])
 
 
 class Batches:
@@ -842,7 +841,7 @@ class Batches:
         # `take_over` sets these: the positions to read first, and where the order continues after them.
         self.left_over, self.start = [], 0
         # Samples that wait for their batch, in the order of their batches; for packing, sorted by length.
-        self.buffer: list[Buffered] = []
+        self.buffer = []
 
     @property
     def utilisation(self) -> float:
@@ -883,16 +882,16 @@ class Batches:
             raise InputError(f"a process that reads samples ended ({e}); fewer --workers need less "
                              "memory") from None
 
-    def next_sample(self, source) -> Buffered:
-        """The next good sample. source is the iterator of `fetch`."""
+    def next_sample(self, source) -> dict:
+        """The next good sample, with its "index" in the dataset and its "number" among those that this rank
+        has read, from 1 on. source is the iterator of `fetch`."""
         while True:
             i, sample, error = next(source)
             self.seen += 1
-            tokens = len(sample["input_ids"]) if sample else 0
-            if self.pack_tokens and tokens > self.pack_tokens:
-                error = f"sample {sample['id']}: {tokens} tokens, a packed row has {self.pack_tokens}"
+            if error is None and self.pack_tokens and (n := num_tokens(sample)) > self.pack_tokens:
+                error = f"sample {sample['id']}: {n} tokens, a packed row has {self.pack_tokens}"
             if error is None:
-                return Buffered(self.seen, i, tokens, sample)
+                return {**sample, "index": i, "number": self.seen}
             if i not in self.bad:
                 self.bad[i] = error
                 self.on_bad(i, error)
@@ -905,28 +904,28 @@ class Batches:
         """The next batch: for each row, a list of one sample."""
         if not self.buffer:
             pool = [self.next_sample(source) for _ in range(self.pool * self.batch_size)]
-            pool.sort(key=lambda b: b.tokens)
+            pool.sort(key=num_tokens)
             batches = [pool[i:i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
             self.rng.shuffle(batches)
             self.buffer = list(itertools.chain(*batches))
-        return [[self.buffer.pop(0).sample] for _ in range(self.batch_size)]
+        return [[self.buffer.pop(0)] for _ in range(self.batch_size)]
 
     def next_packed_batch(self, source) -> list[list[dict]]:
         """The next batch: for each row, a list of as many samples as fit."""
         buffer, rows = self.buffer, []
-        tokens = sum(b.tokens for b in buffer)
+        tokens = sum(map(num_tokens, buffer))
         while tokens < self.pool * self.batch_size * self.pack_tokens:
             sample = self.next_sample(source)
-            insort_left(buffer, sample, key=lambda b: b.tokens)            # the newest first among equals
-            tokens += sample.tokens
+            insort_left(buffer, sample, key=num_tokens)                    # the newest first among equals
+            tokens += num_tokens(sample)
         for _ in range(self.batch_size):
-            oldest = min(range(len(buffer)), key=lambda i: buffer[i].number)
+            oldest = min(range(len(buffer)), key=lambda i: buffer[i]["number"])
             row = [buffer.pop(oldest)]
-            room = self.pack_tokens - row[0].tokens
-            while fitting := bisect_right(buffer, room, key=lambda b: b.tokens):   # how many samples fit
-                row.append(buffer.pop(fitting - 1))        # the longest that fits, the oldest among equals
-                room -= row[-1].tokens
-            rows.append([b.sample for b in row])
+            room = self.pack_tokens - num_tokens(row[0])
+            while fitting := bisect_right(buffer, room, key=num_tokens):   # how many samples fit
+                row.append(buffer.pop(fitting - 1))                # the longest, the oldest among equals
+                room -= num_tokens(row[-1])
+            rows.append(row)
             self.packed_tokens += self.pack_tokens - room
             self.packed_room += self.pack_tokens
         return rows
@@ -943,10 +942,10 @@ class Batches:
     def state_dict(self) -> dict:
         """What load_state_dict needs, ready for JSON. Samples in the buffer are saved by their index."""
         return {"settings": {name: getattr(self, name) for name in self.SETTINGS}, "seen": self.seen,
-                "left_over": self.left_over, "start": self.start,
-                "bad": list(self.bad.items()), "packed_tokens": self.packed_tokens,
-                "packed_room": self.packed_room, "rng": self.rng.getstate(),
-                "buffer": [{"number": b.number, "index": b.index, "tokens": b.tokens} for b in self.buffer]}
+                "left_over": self.left_over, "start": self.start, "bad": list(self.bad.items()),
+                "packed_tokens": self.packed_tokens, "packed_room": self.packed_room,
+                "rng": self.rng.getstate(),
+                "buffer": [{"index": s["index"], "number": s["number"]} for s in self.buffer]}
 
     def check_settings(self, state: dict, names: Sequence[str] = SETTINGS):
         for name in names:
@@ -963,7 +962,7 @@ class Batches:
         self.packed_tokens, self.packed_room = state["packed_tokens"], state["packed_room"]
         version, words, gauss = state["rng"]
         self.rng.setstate((version, tuple(words), gauss))
-        self.buffer = [Buffered(**b, sample=self.dataset[b["index"]]) for b in state["buffer"]]
+        self.buffer = [{**self.dataset[b["index"]], **b} for b in state["buffer"]]
 
     def take_over(self, states: Sequence[dict]):
         """Continues the order of a run with another number of ranks, from the states of all of them. First
@@ -975,7 +974,8 @@ class Batches:
             self.bad |= dict(state["bad"])
         self.left_over, self.start = states[0].get("left_over", []), states[0].get("start", 0)
         end = max(len(self.left_over), *(state["seen"] * old for state in states))
-        numbers = [(b["number"] - 1) * old + r for r, state in enumerate(states) for b in state["buffer"]]
+        numbers = []                               # of the samples to read first, among those of all ranks
         for r, state in enumerate(states):
+            numbers += [(b["number"] - 1) * old + r for b in state["buffer"]]
             numbers += range(state["seen"] * old + r, end, old)
         self.left_over, self.start = sorted(map(self.position, numbers)), self.position(end)
