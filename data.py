@@ -161,8 +161,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes token by token. A character is returned once its last byte has come. Bytes that are not UTF-8
-    become U+FFFD."""
+    """Decodes token by token. A character comes with its last byte, and U+FFFD for bytes that are no UTF-8."""
 
     def __init__(self, tok: Tokenizer, skip_special_tokens: bool = True):
         self.tok, self.skipped_ids = tok, set(tok.special_tokens.values()) if skip_special_tokens else ()
@@ -198,10 +197,10 @@ def chat_parts(conversation: Sequence[dict], system: str, after_turn: str = "",
     from "system" replaces `system` [ours, as in later InternVL]. after_turn is Tokenizer.after_turn.
     continued says that turns came before, so `system` is left out."""
     first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
-    own = isinstance(first, dict) and first.get("from") == "system"
+    own = isinstance(first, dict) and first.get("from") == "system"        # has it a message of its own?
     if first is None or len(conversation) == own:
         raise InputError(f"the conversation is {conversation!r:.60}, expected a list of turns")
-    before = after_turn if continued else ""
+    before = after_turn if continued else ""       # what stands before a human's turn
     if system and not own and not continued:
         yield "system", f"<|im_start|>system\n{system}<|im_end|>"
         before = after_turn
@@ -244,9 +243,8 @@ def encode_conversation(tok: Tokenizer, conversation: Sequence[dict], tiles_per_
     <|im_end|>, and -100 elsewhere. All are -100 if the last turn is the human's. continued says that turns
     came before these, so <s> and the system message are left out.
 
-    Parts are encoded one by one. Therefore no token is half prompt, half answer, and a prompt for generation
-    is a prefix of the training ids. Raises InputError like chat_prompt, and if there are not as many <image>
-    marks as images.
+    Parts are encoded one by one, so no token spans a prompt and its answer, and a prompt for generation is a
+    prefix of the training ids. Raises InputError like chat_prompt, and if marks and images differ in number.
     """
     parts = list(chat_parts(conversation, tok.system_message, tok.after_turn, continued))
     marks = sum(text.count("<image>") for role, text in parts if role == "human")
@@ -334,8 +332,7 @@ def tile_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use
                min_tiles: int = 1, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
     """Cuts an image into square RGB tiles of image_size pixels [repo: dynamic_preprocess]. Of all grids with
     min_tiles to max_tiles tiles, it takes the one with the closest aspect ratio, resizes the image to fill it
-    and cuts it row by row. If there are several tiles, a thumbnail of the whole image comes last. Raises
-    InputError like open_image."""
+    and cuts it row by row. After several tiles comes a thumbnail of the whole. Raises like open_image."""
     if not 1 <= min_tiles <= max_tiles <= 1000 or image_size < 1:
         raise InputError(f"min_tiles {min_tiles}, max_tiles {max_tiles}, image_size {image_size}: "
                          "expected 1 <= min_tiles <= max_tiles <= 1000 and a positive size")
@@ -361,8 +358,7 @@ def load_tiles(image: ImageFile, max_tiles: int = 12, image_size: int = 448, use
                min_tiles: int = 1, jpeg_rng: random.Random | None = None,
                max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """The tiles of tile_image as (n_tiles, 3, image_size, image_size) uint8. jpeg_rng sends each tile through
-    JPEG, with a quality that it draws from 75 to 100 [repo: build_transform]. Raises InputError like
-    tile_image."""
+    JPEG of a quality that it draws from 75 to 100 [repo: build_transform]. Raises like tile_image."""
     tiles = tile_image(image, max_tiles, image_size, use_thumbnail, min_tiles, max_pixels)
     for i, tile in enumerate(tiles if jpeg_rng else ()):
         tile.save(file := io.BytesIO(), "JPEG", quality=jpeg_rng.randint(75, 100))
@@ -381,10 +377,9 @@ def normalise(tiles: torch.Tensor) -> torch.Tensor:
     return tiles.float().div_(white).sub_(mean).div_(std)
 
 
-def load_image(image: ImageFile, max_tiles: int = 12, image_size: int = 448, *options,
-               **named_options) -> torch.Tensor:
-    """load_tiles and normalise in one: (n_tiles, 3, image_size, image_size) float32."""
-    return normalise(load_tiles(image, max_tiles, image_size, *options, **named_options))
+def load_image(image: ImageFile, *options, **named_options) -> torch.Tensor:
+    """load_tiles, with its options, and normalise in one: (n_tiles, 3, image_size, image_size) float32."""
+    return normalise(load_tiles(image, *options, **named_options))
 
 
 def paste(canvas: Image.Image, image: Image.Image, left: int, top: int, width: int, height: int,
@@ -396,9 +391,8 @@ def paste(canvas: Image.Image, image: Image.Image, left: int, top: int, width: i
 
 
 def change_lightly(image: ImageFile, rng: random.Random, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image at 75 to 100 % of its size, turned by up to 12°, somewhere on a ground of a random color, and
-    up to 20 % darker or brighter [ours]. The RGB result has the original size. Raises InputError like
-    open_image."""
+    """The image at 75 to 100 % of its size, turned by up to 12° and somewhere on a ground of a random color,
+    all of it up to 20 % darker or brighter [ours]. RGB, of the original size. Raises like open_image."""
     opened = open_image(image, max_pixels)
     canvas = Image.new("RGB", opened.size, tuple(rng.randrange(256) for _ in range(3)))
     scale = rng.uniform(0.75, 1)
@@ -596,8 +590,9 @@ class TarDataset(JsonlDataset):
             try:
                 with tarfile.open(path, "r:") as tar:
                     for member, key, extension in sample_files(tar):
-                        if (member.name in seen or key != previous and key in seen
-                                or extension.endswith(self.TEXTS) and extension not in self.TEXTS):
+                        came_before = member.name in seen or (key != previous and key in seen)
+                        dotted_text = extension.endswith(self.TEXTS) and extension not in self.TEXTS
+                        if came_before or dotted_text:
                             raise tarfile.ReadError(
                                 f"{readable(member.name)} does not fit: the files of a sample stand together "
                                 "and are called KEY.json or KEY.txt, KEY.jpg, KEY.2.jpg, with no dot in KEY "
@@ -607,7 +602,7 @@ class TarDataset(JsonlDataset):
                         self.has_images |= extension not in self.TEXTS
                         seen |= {member.name, key}
                         previous = key
-                    tar.fileobj.seek(tar.offset)   # zeros end an archive; tarfile accepts one without them
+                    tar.fileobj.seek(tar.offset)   # a .tar ends with zeros, which tarfile does not check
                     if tar.fileobj.read(512) != bytes(512):
                         raise tarfile.ReadError("its end is missing")
             except (OSError, ValueError, tarfile.TarError) as e:
@@ -644,7 +639,7 @@ class TarDataset(JsonlDataset):
             name = file.rpartition("/")[2]
             called |= {name: file, name.partition(".")[2]: file}
         found = [called.get(name.rpartition("/")[2].lstrip(".")) for name in names]
-        if not any(found):
+        if not any(found):                         # by their numbers, 2 before 10
             found = sorted(files, key=lambda file: re.sub(r"\d+", lambda number: number[0].zfill(20), file))
         elif None in found or len({*found}) < len({*names}):
             raise InputError(f"image is {names!r:.60}, but the sample has {readable(', '.join(files))}")
@@ -734,7 +729,8 @@ def sample_numbers(batch: dict) -> torch.Tensor:
     if documents is None:
         documents = torch.ones_like(batch["labels"]) if mask is None else mask
     per_row = documents.amax(1, keepdim=True)      # (B, 1) how many samples a row has
-    return torch.where(documents > 0, documents - 1 + per_row.cumsum(0) - per_row, -1)
+    in_rows_before = per_row.cumsum(0) - per_row
+    return torch.where(documents > 0, in_rows_before + documents - 1, -1)
 
 
 def count_tokens(batch: dict, tokens_per_tile: int) -> dict[str, float]:
@@ -768,15 +764,15 @@ def too_many_bad(bad: int, seen: int, size: int, max_bad: float) -> str | None:
     """A message if more than the share max_bad of the `seen` samples is unreadable, else None. Early on, it
     is the share of 1000 samples, or of `size`, those of the dataset, if these are fewer. Up to 10 bad samples
     are accepted unless max_bad is 0 [ours]."""
-    if bad <= (max_bad and max(10, max_bad * min(size, max(seen, 1000)))):
+    allowed = max(10, max_bad * min(size, max(seen, 1000))) if max_bad else 0
+    if bad <= allowed:
         return None
     return (f"{bad} of the {min(seen, size)} samples read so far are unreadable; --max_bad {max_bad:g} "
             "allows fewer")
 
 
 def end_with_parent(_: int):
-    """Runs in each reader process, and ends it once the training process is gone. A training process that is
-    killed cannot end its readers itself."""
+    """Ends the reader process that it runs in once the training process is gone, which may have been killed."""
     parent = multiprocessing.parent_process().pid
 
     def watch():

@@ -243,11 +243,12 @@ class Questions(JsonlDataset):
         names = "max_new_tokens temperature top_k top_p repetition_penalty seed max_tiles dtype".split()
         model = Path(flags.model).resolve()
         saved = (model / "config.json").stat().st_mtime_ns                 # when the model was saved
+        # What an answer depends on besides its question.
         self.settings = [str(self.root), saved, str(model), *(getattr(flags, name) for name in names)]
         self.settings += [] if flags.system is None else [flags.system]
 
     def key(self, i: int) -> int:
-        """A checksum of question i and of the settings: of all that its answer depends on."""
+        """A checksum of question i and of the settings."""
         return zlib.crc32(self.read(i)[1] + repr(self.settings).encode())
 
     def make_sample(self, line: bytes, files: None, rng) -> dict:
