@@ -161,7 +161,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes token by token. A character comes with its last byte, and U+FFFD for bytes that are no UTF-8."""
+    """Decodes token by token. A character comes with its last byte, U+FFFD for what is not UTF-8."""
 
     def __init__(self, tok: Tokenizer, skip_special_tokens: bool = True):
         self.tok, self.skipped_ids = tok, set(tok.special_tokens.values()) if skip_special_tokens else ()
@@ -772,7 +772,7 @@ def too_many_bad(bad: int, seen: int, size: int, max_bad: float) -> str | None:
 
 
 def end_with_parent(_: int):
-    """Ends the reader process that it runs in once the training process is gone, which may have been killed."""
+    """Runs in each reader process, and ends it when the training process is gone, even if it was killed."""
     parent = multiprocessing.parent_process().pid
 
     def watch():
