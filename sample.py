@@ -5,9 +5,10 @@
     python sample.py --input questions.jsonl --output answers.jsonl
 
 FOLDER is an official checkpoint or one of train_evip.py's. A line of questions.jsonl is {"image": "a.jpg",
-"question": "What is this?"} ("image": a list for several, left out for none), or a line in the official
-format of training, whose last answer the model does not see. In this order: the flags, the checkpoint, one
-answer, the chat, the file of questions, main. Answers go to stdout or --output, everything else to stderr.
+"question": "What is this?"}. "image" is a list for several images and left out for none. A line may also be
+in the official format of training, and its last answer is then not shown to the model. Answers go to stdout
+or --output, everything else to stderr. In this order: the flags, the checkpoint, one answer, the chat, the
+file of questions, main.
 """
 import contextlib
 import itertools
@@ -19,7 +20,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from benchmarks import boxes
 from budget import peak_memory
 from checkpoint import newest_checkpoint
 from common import InputError, auto_device, flag, parse_flags
-from data import JsonlDataset, TextStream, Tokenizer, collate, encode_conversation, turns
+from data import JsonlDataset, TextStream, Tokenizer, collate, encode_conversation, num_tokens, turns
 from generate import KVCache, check_options
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 
@@ -84,7 +85,7 @@ def explain_out_of_memory(advice: str):
 
 
 def compiles(flags: Flags, device_type: str) -> bool:
-    """Whether the decoding step is compiled. One question would wait a minute for it."""
+    """Whether to compile the decoding step. One question alone is answered sooner without."""
     return flags.compile if flags.compile is not None else device_type == "cuda" and flags.prompt is None
 
 
@@ -126,7 +127,7 @@ def add_image_marks(question: str, images: int) -> str:
 
 def encode_prompt(tok: Tokenizer, config: MonoInternVLConfig, conversation, tiles: list[torch.Tensor],
                   continued: bool = False) -> list[int]:
-    """The ids of a conversation, with "?" for what has no UTF-8: half a surrogate pair, or invalid bytes."""
+    """The ids of a conversation. What is not valid Unicode, half a surrogate pair, becomes "?"."""
     conversation = json.loads(json.dumps(conversation, ensure_ascii=False).encode(errors="replace"))
     return encode_conversation(tok, conversation, [len(t) for t in tiles], config.tokens_per_tile,
                                continued=continued)[0]
@@ -140,7 +141,7 @@ def memory_report(device: torch.device) -> str:
 def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tiles: list[torch.Tensor],
                  flags: Flags, cache: KVCache) -> list[int]:
     """Prints the answer to a prompt while it is generated, and returns its tokens. Ctrl-C stops it. The
-    special token that ends the answer is left out. Others, such as <ref> and <box>, are part of it."""
+    token that ends the answer is left out. Other special tokens, such as <ref> and <box>, are part of it."""
     device, options, cut = next(model.parameters()).device, generate_options(tok, flags), ""
     stream, answer, times = TextStream(tok, skip_special_tokens=False), [], [time.perf_counter()]
     with contextlib.suppress(KeyboardInterrupt), explain_out_of_memory(f"lower {LESS_MEMORY}"):
@@ -158,7 +159,7 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
     print(cut, end="", file=sys.stderr)
     if flags.stats:
         visual = input_ids.count(model.config.img_context_token_id)
-        seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+        seconds = [b - a for a, b in itertools.pairwise(times)]            # for each token
         rate = f", then {len(seconds[1:]) / sum(seconds[1:]):.1f} tokens/s" if len(seconds) > 1 else ""
         print(f"time to first token {sum(seconds[:1]):.3f} s{rate}; {len(seconds)} tokens; prompt: {visual} "
               f"visual, {len(input_ids) - visual} text tokens, {cache.reused} of them read before; "
@@ -167,8 +168,8 @@ def print_answer(model: MonoInternVL, tok: Tokenizer, input_ids: list[int], tile
 
 
 def draw_boxes(picture: Image.Image, answer: str, output: str):
-    """Draws what an answer grounds, <ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>, onto the picture.
-    Coordinates are thousandths of its width and height."""
+    """Draws the boxes of an answer, <ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>, onto the picture and
+    saves it. Coordinates are thousandths of its width and height."""
     named = [(ref, box) for ref, text in re.findall(r"(?:<ref>([^<]*)</ref>\s*)?<box>([^<]*)</box>", answer)
              for box in boxes(text)]
     if not named:
@@ -187,9 +188,9 @@ def draw_boxes(picture: Image.Image, answer: str, output: str):
 
 def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
          load: Callable[[str], torch.Tensor], flags: Flags):
-    """Reads messages until the end of input. images, (n_tiles, 3, S, S) uint8 each, belong to the next
-    message. All turns share a cache. The prompt of a turn begins with the tokens of the conversation so far,
-    so the model reads only what is new."""
+    """Reads messages until the end of input. images are the tiles, (n_tiles, 3, S, S) uint8, of each image
+    for the next message. The prompt of a turn begins with all tokens of the conversation so far. The model
+    has them in its cache and only reads what is new."""
     print(GREETING, file=sys.stderr)
     cache, ids, tiles = KVCache(model.config), [], []          # tokens and tiles of the conversation so far
     with contextlib.suppress(ImportError):
@@ -224,10 +225,10 @@ def chat(model: MonoInternVL, tok: Tokenizer, images: list[torch.Tensor],
 # ---------------------------------------------------------------- a file of questions
 
 def in_batches(samples: list[dict], size: int, room: int) -> list[list[dict]]:
-    """Batches of questions of similar length. A batch ends when its longest row fills the context, so those
-    of more than `room` tokens, whose answers may do that, are asked alone."""
-    samples = sorted(samples, key=lambda sample: len(sample["input_ids"]))
-    short = [sample for sample in samples if len(sample["input_ids"]) <= room]
+    """Batches of questions of similar length. All answers of a batch end when one row fills the context.
+    Questions of more than `room` tokens, where that may happen, are therefore asked alone."""
+    samples = sorted(samples, key=num_tokens)
+    short = [sample for sample in samples if num_tokens(sample) <= room]
     return [short[i:i + size] for i in range(0, len(short), size)] + [[s] for s in samples[len(short):]]
 
 
@@ -239,18 +240,19 @@ class Questions(JsonlDataset):
         super().__init__(flags.input, flags.image_root or Path(flags.input).parent, tok, config)
         self.load, self.left_out = load, 0
         self.line_numbers = self.locations[:, 0].tolist()
-        model, names = Path(flags.model).resolve(), ("max_new_tokens", "temperature", "top_k", "top_p",
-                                                     "repetition_penalty", "seed", "max_tiles", "dtype")
-        written = (model / "config.json").stat().st_mtime_ns               # when the model was saved
-        self.settings = [str(self.root), written, str(model), *(asdict(flags)[name] for name in names)]
+        names = "max_new_tokens temperature top_k top_p repetition_penalty seed max_tiles dtype".split()
+        model = Path(flags.model).resolve()
+        saved = (model / "config.json").stat().st_mtime_ns                 # when the model was saved
+        # What an answer depends on besides its question.
+        self.settings = [str(self.root), saved, str(model), *(getattr(flags, name) for name in names)]
         self.settings += [] if flags.system is None else [flags.system]
 
     def key(self, i: int) -> int:
-        """A checksum of question i and of the settings: of all that its answer depends on."""
+        """A checksum of question i and of the settings."""
         return zlib.crc32(self.read(i)[1] + repr(self.settings).encode())
 
-    def make_sample(self, line: bytes, images: list | None, augment: None) -> dict:
-        line, images = self.parse_line(line, images)
+    def make_sample(self, line: bytes, files: None, rng) -> dict:
+        line, images = self.parse_line(line, files)
         conversation = line.get("conversations")
         if "question" in line:
             if not isinstance(line["question"], str):
@@ -269,8 +271,8 @@ class Questions(JsonlDataset):
                 "id": line.get("id"), "question": conversation[-1]["value"]}
 
     def batches(self, todo: list[int], flags: Flags, bar: tqdm) -> Iterator[list[dict]]:
-        """The questions `todo` in batches, made from 4 · batch_size questions at a time. Those that cannot be
-        asked are left out, named on stderr, and counted in the bar."""
+        """The questions `todo` in batches. 4 · batch_size questions are read and sorted at a time. Those that
+        cannot be asked are left out, named on stderr, and counted in the bar."""
         for start in range(0, len(todo), 4 * flags.batch_size):
             samples = []
             for i in todo[start:start + 4 * flags.batch_size]:
@@ -285,10 +287,10 @@ class Questions(JsonlDataset):
 
 def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
                  **options) -> list[tuple[list[int], bool]]:
-    """The tokens of each answer without the one that ends it, and whether there was one. options: those of
-    generate, eos_token_id a tuple."""
+    """For each sample, the tokens of the answer without the one that ends it, and whether there was one.
+    options are those of generate, with a tuple as eos_token_id."""
     batch, ends = collate(samples, tok.pad_id, left=True), set(options["eos_token_id"])
-    if batch["pixel_values"] is not None:          # the rest stays: what generate asks of a CPU is no sync
+    if batch["pixel_values"] is not None:          # generate looks at the ids, which is faster on a CPU
         batch["pixel_values"] = data.normalise(batch["pixel_values"].to(next(model.parameters()).device))
     tokens = list(model.generate(**batch, **options, num_tokens=len(tok)))
     return [(list(itertools.takewhile(lambda token: token not in ends, row)), not ends.isdisjoint(row))
@@ -296,14 +298,14 @@ def answer_batch(model: MonoInternVL, tok: Tokenizer, samples: list[dict],
 
 
 def open_in_place(output: Path) -> int | None:
-    """A file descriptor of a device, a pipe or our own stdout: they are written, never read or replaced. None
-    if --output is a regular file, or does not exist."""
+    """A file descriptor if --output is a device, a pipe or our own stdout, which can be written but not read
+    or replaced. None if it is a regular file or does not exist."""
     if output.exists() and os.path.samestat(output.stat(), os.fstat(1)):
         return os.dup(1)
     if not output.exists() or output.is_file():
         return None
     try:
-        fd = os.open(output, os.O_WRONLY | os.O_NONBLOCK)      # else a pipe would wait here for its reader
+        fd = os.open(output, os.O_WRONLY | os.O_NONBLOCK)      # do not wait for the reader of a pipe
     except OSError as e:
         nobody = "; nobody reads it" * output.is_fifo()
         raise InputError(f"{output} cannot be written: {e.strerror}{nobody}") from None
@@ -312,8 +314,8 @@ def open_in_place(output: Path) -> int | None:
 
 
 def read_answers(questions: Questions, output: Path) -> dict[int, bytes]:
-    """{line number: record}, what an earlier run of the same command wrote to --output. Raises InputError if
-    the file holds anything else, but for half a record at the end: a killed run may leave one."""
+    """{line number: record} of what an earlier run of the same command wrote to --output. Half a record may
+    stand at the end, as a killed run leaves it. Raises InputError if the file holds anything else."""
     if not output.exists():
         return {}
     *records, rest = output.read_bytes().split(b"\n")
@@ -335,9 +337,9 @@ def read_answers(questions: Questions, output: Path) -> dict[int, bytes]:
 
 
 def write_answers(output: Path, answers: dict[int, bytes], in_place: int | None = None):
-    """Writes the records in the order of their lines, to in_place if open_in_place gave one. Else a new file
-    replaces the old one (a link: the file that it leads to) when it is complete."""
-    target = os.path.realpath(output)
+    """Writes the records in the order of their lines, to the descriptor in_place if there is one. Otherwise a
+    new file replaces the old one when it is complete."""
+    target = os.path.realpath(output)              # of a link, the file that it leads to
     try:
         with open(target + ".tmp" if in_place is None else in_place, "wb") as file:
             file.writelines(answers[number] + b"\n" for number in sorted(answers))
@@ -348,8 +350,8 @@ def write_answers(output: Path, answers: dict[int, bytes], in_place: int | None 
 
 
 def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch.Tensor], flags: Flags):
-    """Answers --input. Each batch of answers is appended to --output as soon as it is there, and the file is
-    sorted at the end. A run that is stopped loses one batch at most, and the same command continues it."""
+    """Answers --input. Each batch of answers is appended to --output at once, and the file is sorted at the
+    end. A run that is stopped loses one batch at most, and the same command continues it."""
     questions, output = Questions(flags, tok, model.config, load), Path(flags.output)
     in_place, options, answers = open_in_place(output), generate_options(tok, flags), {}
     options["kv_cache"] = KVCache(model.config)
@@ -358,11 +360,11 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch
         write_answers(output, answers)
     todo = [i for i, number in enumerate(questions.line_numbers) if number not in answers]
     bar = tqdm(total=len(questions), initial=len(answers), unit="question")
-    started, tokens = time.perf_counter(), 0
+    started, tokens, rate = time.perf_counter(), 0, "0.0 tokens/s"
     try:
         with open(output if in_place is None else os.devnull, "ab") as file:
             for batch in questions.batches(todo, flags, bar):
-                if flags.seed is not None:         # a seed for each row: as if each were asked alone
+                if flags.seed is not None:         # each row gets the seed, as if it were asked alone
                     options["seed"] = [flags.seed] * len(batch)
                 with explain_out_of_memory(f"lower --batch_size, {LESS_MEMORY}"):
                     results = answer_batch(model, tok, batch, **options)
@@ -378,30 +380,23 @@ def answer_file(model: MonoInternVL, tok: Tokenizer, load: Callable[[str], torch
                     tokens += len(ids)
                 file.flush()
                 bar.update(len(batch))
-                bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.1f} tokens/s")
+                rate = f"{tokens / (time.perf_counter() - started):.1f} tokens/s"
+                bar.set_postfix_str(rate)
     finally:
         bar.close()
         write_answers(output, answers, in_place)
         print(f"{output}: {len(answers)} of {len(questions)} questions answered, {questions.left_out} left "
               "out", file=sys.stderr)
     if flags.stats:
-        print(f"{tokens / (time.perf_counter() - started):.1f} tokens/s; "
-              f"{memory_report(next(model.parameters()).device)}", file=sys.stderr)
+        print(f"{rate}; {memory_report(next(model.parameters()).device)}", file=sys.stderr)
     if not answers:
         raise InputError(f"none of the {len(questions)} questions could be answered")
 
 
 # ---------------------------------------------------------------- main
 
-def run(flags: Flags):
-    if flags.model is None:
-        flags.model = newest_checkpoint()
-        print(f"model: {flags.model}, the newest below out/", file=sys.stderr)
-    folder = Path(flags.model)
-    config, tok = MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder)
-    if flags.system is not None:
-        tok.system_message = flags.system.encode(errors="replace").decode()
-    max_tiles = config.max_dynamic_patch if flags.max_tiles is None else flags.max_tiles
+def check_flags(flags: Flags):
+    """Raises InputError for flags that contradict each other or are out of range."""
     if (flags.input is None) != (flags.output is None) or flags.input and (flags.image or flags.prompt):
         raise InputError("--input and --output go together, without --image and --prompt")
     if flags.draw and (flags.prompt is None or len(flags.image) != 1):
@@ -412,14 +407,26 @@ def run(flags: Flags):
     for path, source in itertools.product(filter(None, written), filter(None, [*flags.image, flags.input])):
         if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
             raise InputError(f"{path} would overwrite {source}; name another --output or --draw")
+    for name in ("batch_size", "max_tiles", "max_new_tokens", "max_pixels"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            raise InputError(f"--{name} is {getattr(flags, name)}, expected at least 1")
+
+
+def run(flags: Flags):
+    check_flags(flags)
+    if flags.model is None:
+        flags.model = newest_checkpoint()
+        print(f"model: {flags.model}, the newest below out/", file=sys.stderr)
+    folder = Path(flags.model)
+    config, tok = MonoInternVLConfig.from_json(folder / "config.json"), Tokenizer(folder)
     check_options(1, **generate_options(tok, flags))
-    for name, value in {**vars(flags), "max_tiles": max_tiles}.items():
-        if name in ("batch_size", "max_tiles", "max_new_tokens", "max_pixels") and value < 1:
-            raise InputError(f"--{name} is {value}, expected at least 1")
+    if flags.system is not None:
+        tok.system_message = flags.system.encode(errors="replace").decode()
+    max_tiles = config.max_dynamic_patch if flags.max_tiles is None else flags.max_tiles
     load = partial(data.load_tiles, max_tiles=max_tiles, image_size=config.image_size,
                    use_thumbnail=config.use_thumbnail, min_tiles=min(max_tiles, config.min_dynamic_patch),
                    max_pixels=flags.max_pixels)
-    images = [load(path) for path in flags.image]  # before the weights: a wrong name shows at once
+    images = [load(path) for path in flags.image]  # before the weights, so a wrong name is noticed at once
     model = load_model(folder, tok, flags)
     if flags.input is not None:
         answer_file(model, tok, load, flags)
@@ -449,6 +456,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")       # also where a pipe's default is another encoding
+    sys.stdout.reconfigure(encoding="utf-8")       # a pipe may have another encoding by default
     sys.stdin.reconfigure(errors="surrogateescape")            # for file names after /image
     sys.exit(main())

@@ -7,6 +7,7 @@ draws are the same in each run.
 """
 import base64
 import contextlib
+import copy
 import csv
 import ctypes
 import faulthandler
@@ -1504,8 +1505,9 @@ def test_answers_alone_are_learned_images_stand_at_their_marks_and_a_prompt_begi
         turns, system, own, tokens_per_tile):
     """A turn is drawn as pieces of text, between them marks of images that have so many tiles. What is
     learned is shown between » and «. The conversation's own message, if it has one, replaces the system's."""
-    first = [] if own is None else [{"from": "system", "value": own}]
-    system_shown = own if first else TOK.system_message if system is None else system
+    first, tok = [] if own is None else [{"from": "system", "value": own}], copy.copy(TOK)
+    tok.system_message = TOK.system_message if system is None else system
+    system_shown = own if first else tok.system_message
     shown = f"<s><|im_start|>system\n{system_shown}<|im_end|>" if system_shown else "<s>"
     texts = ["<image>".join(text for text, _ in turn).strip() for turn in turns]
     images = [tiles for turn in turns[::2] for _, tiles in turn[1:]]       # in an answer a mark is plain text
@@ -1517,13 +1519,13 @@ def test_answers_alone_are_learned_images_stand_at_their_marks_and_a_prompt_begi
             text = re.sub("<image>", lambda _: f"<img><IMG_CONTEXT>×{next(tiles) * tokens_per_tile}</img>",
                           text)
             shown += f"<|im_start|>user\n{text}<|im_end|><|im_start|>assistant\n"
-    options = images, tokens_per_tile, system
-    ids, labels = encode_conversation(TOK, first + ask(*[f" {text}\n" for text in texts]), *options)
+    options = images, tokens_per_tile
+    ids, labels = encode_conversation(tok, first + ask(*[f" {text}\n" for text in texts]), *options)
     sample = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": None}
     assert data.batch_as_text(collate([sample]), TOK) == shown
     assert all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=True))
     if len(turns) % 2 == 0:
-        prompt, _ = encode_conversation(TOK, first + ask(*texts[:-1]), *options)
+        prompt, _ = encode_conversation(tok, first + ask(*texts[:-1]), *options)
         assert ids[:len(prompt)] == prompt
 
 
