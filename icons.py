@@ -11,6 +11,7 @@ order: the language model from a GGUF file; the pictures from their packages; wh
 text; scenes of pictures; the conversations of a stage; the dataset; held-out questions as TSV files; main.
 """
 import base64
+import copy
 import csv
 import importlib.util
 import io
@@ -502,7 +503,9 @@ class Icons(Dataset):
 
     def __init__(self, folder: str | Path, stage: str, tok: Tokenizer, config, max_tiles: int = 1,
                  seed: int = 0):
-        self.pictures, self.stage, self.tok, self.config = Pictures(folder), stage, tok, config
+        self.pictures, self.stage, self.tok, self.config = Pictures(folder), stage, copy.copy(tok), config
+        if stage != "S2":                          # it would be about 21 of a caption's 51 tokens
+            self.tok.system_message = ""
         self.max_tiles, self.seed = max_tiles, seed
         self.chats = read_json(Path(folder) / "chats.json")["chats"] if stage == "S2" else []
         if stage == "S2" and not self.chats:
@@ -517,10 +520,8 @@ class Icons(Dataset):
         (conversation, scene, task), c, tiles = self.describe(i), self.config, None
         if scene is not None:
             tiles = load_tiles(self.pictures.draw(scene), self.max_tiles, c.image_size)
-        # S1 goes without the system message, which would be about 21 of a caption's 51 tokens.
-        system = None if self.stage == "S2" else ""
         ids, labels = encode_conversation(self.tok, conversation, [] if tiles is None else [len(tiles)],
-                                          c.tokens_per_tile, system)
+                                          c.tokens_per_tile)
         return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "pixel_values": tiles,
                 "id": f"{self.stage}/{i}", "task": task}
 

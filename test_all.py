@@ -4258,7 +4258,7 @@ def test_a_thing_is_drawn_within_its_box_and_nowhere_else(icon_folder, seed):
 
 
 def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_is_bitwise_the_same_after_s1(
-        icon_folder, tmp_path, capsys):
+        icon_folder, tmp_path, monkeypatch, capsys):
     assert train_evip.main(["--preset=icons", "--dry_run"]) == 1
     assert "`python icons.py` has prepared: --data icons" in capsys.readouterr().err
     llm, out = icon_folder / "llm", tmp_path / "out"
@@ -4285,6 +4285,14 @@ def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_i
             assert [*event["tasks"]] == ["alt text" if event["stage"] == "S1.1" else "caption"]
     dataset = icons.Icons(icon_folder, "S2", tok, model.config, 2)
     assert_same(dataset[5], dataset[5])            # the same whenever it is asked for
+    for stage in STAGES[1:]:
+        ids = icons.Icons(icon_folder, stage, tok, model.config, 2)[0]["input_ids"]
+        assert ("You are Smol." in tok.decode(ids)) == (stage == "S2")
+    asked = []
+    monkeypatch.setattr(evaluate, "greedy_answers", lambda model, tok, samples, n: [
+        asked.append(tok.decode(sample["input_ids"])) or tok.encode("flag of Chad") for sample in samples])
+    assert evaluate.ask_capitals(model, tok, icon_folder)[0]["flag named"] == "flag of Chad"
+    assert re.search(r"What is this\?.*assistant\s+flag of Chad.*user\s+What is the cap", asked[-1], re.S)
     (icon_folder / "chats.json").write_text('{"chats": []}')
     with pytest.raises(InputError, match="more --chats"):
         icons.Icons(icon_folder, "S2", tok, model.config)
