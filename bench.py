@@ -739,6 +739,8 @@ def report() -> int:
             {"questions": name, "number": row["n"], "right": f"{row['accuracy']:.1%}",
              "blank picture": f"{row['blank']:.1%}"} for name, row in result["tasks"].items()])),
         "ablation_torch": ablations["torch"], "ablation": ablation_table(ablations),
+        "icon_ablation": tables_of("ablation_icons.json", "`{command}`, {hardware}, torch {torch}",
+                                   ablation_table),
         "train": tables_of("bench_train_*.json", timed, train_tables),
         "infer": tables_of("bench_infer_*.json", timed, infer_tables),
         "kernels": tables_of("bench_kernels_*.json", timed, kernels_tables),

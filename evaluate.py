@@ -247,8 +247,8 @@ def documentation_loss(model: MonoInternVL, tok: Tokenizer) -> float:
 
 def ask_icons(model: MonoInternVL, tok: Tokenizer, rows: list[dict], show=lambda image: image,
               max_new_tokens: int = 24) -> list[str]:
-    """Greedy answers to rows of icons.test_questions. show: what the model sees instead of a picture. If a row
-    has "then", an answer to its question and a second question, the second one is asked."""
+    """Greedy answers to rows of icons.test_questions. show: what the model sees instead of a picture. "then"
+    of a row is an answer to its question and a second question, which is the one that is asked."""
     c, said = model.config, []
     for start in range(0, len(rows), 64):
         samples = []
