@@ -21,8 +21,9 @@ import torch
 import train_evip
 from common import InputError, flag, parse_flags, read_json, table
 from data import Tokenizer, load_tiles
-from evaluate import answer, described_rightly, documentation_loss, text_probe
+from evaluate import answer, described_rightly, text_probe
 from icons import Icons, Pictures, plain_scene
+from icons_exam import documentation_loss
 from mono_internvl import MonoInternVL
 from world import KINDS, World
 
@@ -206,9 +207,12 @@ def ablation_table(results: dict) -> str:
                 by_lr[row.get("lr")].append(row)
         if not by_lr:
             continue
-        lr, rows = min(by_lr.items(), key=lambda item: statistics.mean(r["caption loss"][-1] for r in item[1]))
+        losses = {lr: statistics.mean(row["caption loss"][-1] for row in of) for lr, of in by_lr.items()}
+        lr = min(losses, key=losses.get)
+        rows = by_lr[lr]
         line = {"S1.2 by": name, "learning rate": f"{lr:g}"} if lr else {"S1.1 and S1.2 by": name}
-        line |= {"text loss before": mean(rows, "text before", ".3f"), "after": mean(rows, "text after", ".3f"),
+        line |= {"text loss before": mean(rows, "text before", ".3f"),
+                 "after": mean(rows, "text after", ".3f"),
                  "bitwise equal": "yes" if all(row["text bitwise equal"] for row in rows) else "no"}
         shown = {"seen hand": "names right, seen hand", "unseen hand": "unseen hand"} if lr else {
             "right": "described rightly", "blank": "blank image"}

@@ -80,6 +80,7 @@ import data
 import evaluate
 import generate
 import icons
+import icons_exam
 import moe_kernel
 import mono_internvl
 import sample
@@ -3542,13 +3543,13 @@ def test_a_row_is_scored_as_the_toolkit_scores_it(metric):
     for case, name in itertools.product(cases, TSV_OF[metric]):
         fields, said = case["fields"], case["prediction"]
         row = as_row({"answer": fields.get("answers"), **fields, **fields.get("options", {})})
-        given = evaluate.score(name, row, said)
+        given = benchmarks.score(name, row, said)
         assert (given or 0) == pytest.approx(case.get("score", case.get("score_prefetch_only"))), case
         if "inferred" in case or "prefetch" in case:         # false: a judge would be asked
             assert (given is None) == (not case.get("inferred", case.get("prefetch"))), case
         if "judge_output" in fields:
             judged = {**row, "res": fields["judge_output"]}
-            assert evaluate.score(name, judged, said) == case["score_given_judge_output"], case
+            assert benchmarks.score(name, judged, said) == case["score_given_judge_output"], case
         if "processed_prediction" in case:
             assert benchmarks.normalize(said) == case["processed_prediction"]
             assert list(map(benchmarks.normalize, fields["answers"])) == case["processed_answers"]
@@ -3625,11 +3626,11 @@ NAMES = st.sampled_from([*benchmarks.BENCHMARKS, "questions of your own"])
 @settings(max_examples=200)
 @given(NAMES, ROWS, SAID)
 def test_any_answer_scores_between_0_and_1_or_is_left_open(name, row, said):
-    given = evaluate.score(name, row, said)
+    given = benchmarks.score(name, row, said)
     assert given is None or 0 <= given <= 1
-    assert evaluate.score(name, row, None) == 0              # what could not be asked
+    assert benchmarks.score(name, row, None) == 0              # what could not be asked
     for answer, right in ("B", True), ("the text", True), ("A", False), (row["A"] + "?", False):
-        assert evaluate.score("own", {**row, "B": "the text", "answer": answer}, "B") == right
+        assert benchmarks.score("own", {**row, "B": "the text", "answer": answer}, "B") == right
     assert benchmarks.anls({**row, "answer": repr([said, "x"])}, said) == 1
     words = re.sub("[^a-z0-9' ]", "", said)                  # without marks, which vanish step by step
     assert benchmarks.normalize(benchmarks.normalize(words)) == benchmarks.normalize(words)
@@ -3645,7 +3646,7 @@ def test_any_answer_scores_between_0_and_1_or_is_left_open(name, row, said):
     ("", False), (f"[[{'9' * 999}, 0, 1, {'9' * 5000}]]", False)])
 def test_a_box_of_your_own_questions_is_right_if_it_overlaps_the_answer_by_half(said, right):
     def score(answer, said, benchmark="own"):
-        return evaluate.score(benchmark, {"question": "?", "answer": answer}, said)
+        return benchmarks.score(benchmark, {"question": "?", "answer": answer}, said)
     answer = "<ref>cup</ref><box>[[100, 100, 200, 200]]</box>"
     assert score(answer, said) == score(repr(["none", answer]), said) == right
     for unreadable in ("what <box> means", "<box>[[1, 1, 1, 1]]</box>"):
@@ -3667,7 +3668,7 @@ def test_no_total_depends_on_the_order_of_rows_and_a_judge_can_only_raise_it(nam
     assert found == pytest.approx(again)
     assert found["at_most"] >= found["score"] - 1e-9
     choices = [({**row, "answer": "A", "split": ""}, said) for row, said in pairs]
-    judged = [(row, "A" if evaluate.score("CCBench", row, said) is None else said) for row, said in choices]
+    judged = [(row, "A" if benchmarks.score("CCBench", row, said) is None else said) for row, said in choices]
     assert total("CCBench", judged)["score"] == pytest.approx(total("CCBench", choices)["at_most"])
     rotations = [({**row, "index": str(k + i * 10 ** 6)}, rng.choice([said, "A"]))
                  for k, (row, said) in enumerate(choices) for i in range(3)]
@@ -4289,9 +4290,9 @@ def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_i
         ids = icons.Icons(icon_folder, stage, tok, model.config, 2)[0]["input_ids"]
         assert ("You are Smol." in tok.decode(ids)) == (stage == "S2")
     asked = []
-    monkeypatch.setattr(evaluate, "greedy_answers", lambda model, tok, samples, n: [
+    monkeypatch.setattr(icons_exam, "greedy_answers", lambda model, tok, samples, n: [
         asked.append(tok.decode(sample["input_ids"])) or tok.encode("flag of Chad") for sample in samples])
-    assert evaluate.ask_capitals(model, tok, icon_folder)[0]["flag named"] == "flag of Chad"
+    assert icons_exam.ask_capitals(model, tok, icon_folder)[0]["flag named"] == "flag of Chad"
     assert re.search(r"What is this\?.*assistant\s+flag of Chad.*user\s+What is the cap", asked[-1], re.S)
     (icon_folder / "chats.json").write_text('{"chats": []}')
     with pytest.raises(InputError, match="more --chats"):

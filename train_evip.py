@@ -43,8 +43,9 @@ import common
 import data
 from common import InputError, flag, full_tensor, parse_flags, rank, read_json, say, world_size
 from data import MAX_PIXELS, Batches, Tokenizer, normalise
-from evaluate import delta_verdict, icons_report, plot_loss, plot_predictions, print_table, world_accuracy
+from evaluate import delta_verdict, plot_loss, plot_predictions, print_table, world_accuracy
 from icons import Icons
+from icons_exam import icons_report
 from mono_internvl import MonoInternVL, MonoInternVLConfig
 from world import World, make_world_tokenizer
 
