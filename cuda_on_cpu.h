@@ -59,11 +59,15 @@ template <int PENDING> __device__ __forceinline__ void cp_async_wait() {
 }
 // Loads four 8x8 matrices of 16-bit numbers into the registers of a warp. Lane l passes the address of row
 // l%8 of matrix l/8. In r[i] it receives two numbers of matrix i: row l/4, columns 2*(l%4) and 2*(l%4)+1.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-    const unsigned from = shared_address(row);
-    SM80_ASM("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
-}
+// The transposed kind gives it rows 2*(l%4) and 2*(l%4)+1, column l/4.
+#define LDMATRIX(NAME, KIND)                                                                                \
+    __device__ __forceinline__ void NAME(uint32_t (&r)[4], const void* row) {                               \
+        const unsigned from = shared_address(row);                                                          \
+        SM80_ASM("ldmatrix.sync.aligned.m8n8.x4." KIND "shared.b16 {%0, %1, %2, %3}, [%4];"                 \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");                  \
+    }
+LDMATRIX(ldmatrix_x4, "")
+LDMATRIX(ldmatrix_x4_transposed, "trans.")
 // C (16x8, fp32) += A (16x16) · B (16x8). A and the transpose of B are spread over the 32 lanes of a warp as
 // ldmatrix leaves them. Lane l holds four numbers of C: c[0] and c[1] at row l/4, columns 2*(l%4) and
 // 2*(l%4)+1, and c[2] and c[3] in the same columns of row l/4+8.
@@ -388,16 +392,19 @@ inline void execute_copy(const Copy& copy) {
 }
 
 // Both instructions distribute matrices over the lanes as described at ldmatrix_x4 and MMA above.
-inline void execute_ldmatrix(Thread* lanes) {
+template <bool TRANSPOSED> void execute_ldmatrix(Thread* lanes) {
     for (int i = 0; i < 4; i++) {  // the 8 rows of a matrix must lie in different banks: 128 bytes at a time
         unsigned banks = 0;
         for (int l = 0; l < 8; l++) banks |= 1 << shared_offset(lanes[i * 8 + l].operands[1]) / 16 % 8;
         if (banks != 0xff) fail("cuda_on_cpu: bank conflicts in ldmatrix\n");
     }
     for (int l = 0; l < 32; l++)
-        for (int i = 0; i < 4; i++)
-            memcpy((uint32_t*)lanes[l].operands[0] + i,
-                   (const char*)lanes[i * 8 + l / 4].operands[1] + l % 4 * 4, 4);
+        for (int i = 0; i < 8; i++) {  // number i % 2 of matrix i / 2
+            const int row = TRANSPOSED ? l % 4 * 2 + i % 2 : l / 4;
+            const int column = TRANSPOSED ? l / 4 : l % 4 * 2 + i % 2;
+            memcpy((uint16_t*)lanes[l].operands[0] + i,
+                   (const uint16_t*)lanes[i / 2 * 8 + row].operands[1] + column, 2);
+        }
 }
 template <class T> void execute_mma(Thread* lanes) {
     float A[16][16], B[16][8], C[16][8] = {};
@@ -417,7 +424,7 @@ template <class T> void execute_mma(Thread* lanes) {
         for (int i = 0; i < 4; i++)
             ((float*)lanes[l].operands[0])[i] += C[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
 }
-static const Instruction ldmatrix{"ldmatrix", WARP, execute_ldmatrix};
+template <bool TRANSPOSED> static const Instruction ldmatrix{"ldmatrix", WARP, execute_ldmatrix<TRANSPOSED>};
 template <class T> static const Instruction mma{"mma", WARP, execute_mma<T>};
 
 // wgmma, as the PTX specification describes it. A descriptor holds the address of a matrix divided by 16 in
@@ -476,7 +483,10 @@ template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, in
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::wait_at(cuda_on_cpu::barrier, line); }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
-    cuda_on_cpu::wait_at(cuda_on_cpu::ldmatrix, line, r, row);
+    cuda_on_cpu::wait_at(cuda_on_cpu::ldmatrix<false>, line, r, row);
+}
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
+    cuda_on_cpu::wait_at(cuda_on_cpu::ldmatrix<true>, line, r, row);
 }
 template <class T>
 void mma_m16n8k16(T, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,

@@ -13,8 +13,8 @@ says must be the answer, or name the letter of the right option. If the answer h
 <ref>cup</ref><box>[[x1, y1, x2, y2]]</box>, the model must name a box whose intersection over union with it
 is at least 0.5, as in RefCOCO. The report has the score of each category, too.
 
-In this order: the flags, answers in batches; the embedded world: the probe of text, accuracy per task, descriptions,
-plots; benchmarks: answers that survive a stop, the report; main.
+In this order: the flags, answers in batches; the embedded world: the probe of text, accuracy per task,
+descriptions, plots; benchmarks: answers that survive a stop, the report; main.
 """
 import csv
 import itertools

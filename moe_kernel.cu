@@ -31,7 +31,7 @@
 // Reading order: route_kernel; linear_naive_kernel, which is the whole idea in 20 lines; find_token_tile and
 // the other parts that the tiled kernels share; gemm_kernel, for bf16 and fp16 on tensor cores since sm_80;
 // wgmma_kernel, for those of Hopper GPUs; add_partial_sums_kernel, for sums that several blocks share
-// (split-K); gemm_fp32_kernel; and the launchers, which Python calls.
+// (split-K); gemm_fp32_kernel; weight_gradient_kernel, for training; and the launchers, which Python calls.
 //
 // Floors. M·N·K multiply-adds for moe_linear, twice as many for moe_swiglu. The traffic is at least one read
 // of each weight matrix in use, one read of x and one write of y. The FFN of the 2B model (widths 2048 and
@@ -505,6 +505,98 @@ __global__ void __launch_bounds__(F32_THREADS) gemm_fp32_kernel(const Problem<fl
     }
 }
 
+// ---------------------------------------------------------------- the gradient of the weights
+
+// Training needs dw_e = dy_e^T · x_e for both experts: the gradient of a weight is a sum over the tokens of
+// its expert. dy and x are in permuted order, so these tokens are consecutive rows, and the counts say where
+// they begin and end. A block computes GRAD_B x GRAD_B weights of the expert that the z index names. Along
+// the sum it loads GRAD_TOKENS rows of dy and of x at a time, into a ring of stages as in gemm_kernel. A row
+// in shared memory is a token, but mma sums along the rows of A, so ldmatrix transposes what it loads. A row
+// has 16 chunks, and chunk c of row r is stored as c ^ (r % 8): so 8 rows of a chunk are in different banks.
+constexpr int GRAD_B = 128, GRAD_TOKENS = 32, GRAD_STAGES = 3;
+constexpr int GRAD_THREADS = 128;  // 2 x 2 warps, each for 64 x 64 weights
+constexpr int GRAD_STAGE_SIZE = 2 * GRAD_TOKENS * GRAD_B;
+constexpr int GRAD_SHARED_BYTES = GRAD_STAGES * GRAD_STAGE_SIZE * 2;
+template <typename T>
+__global__ void __launch_bounds__(GRAD_THREADS)
+weight_gradient_kernel(const T* dy, const T* x, T* dw, const int64_t* counts, int out_features,
+                       int in_features) {
+    const bool visual = blockIdx.z == VISUAL;
+    const int first_row = blockIdx.x * GRAD_B, first_column = blockIdx.y * GRAD_B;  // of dw
+    const int64_t first_token = visual ? counts[TEXT] : 0;
+    const int num_tokens = int(counts[visual]), num_tiles = (num_tokens + GRAD_TOKENS - 1) / GRAD_TOKENS;
+    DYNAMIC_SHARED(T, shared);  // GRAD_STAGES x (GRAD_TOKENS rows of dy, then as many rows of x) x GRAD_B
+
+    const int load_row = threadIdx.x / 16, load_chunk = threadIdx.x % 16;  // 8 rows in one pass
+    auto load = [&](int tile) {
+        if (tile < num_tiles) {
+            T* const stage = shared + tile % GRAD_STAGES * GRAD_STAGE_SIZE;
+            auto copy = [&](int tile_row, const T* from, int token, int column, int width) {
+                const bool exists = token < num_tokens && column < width;
+                T* const to = stage + tile_row * GRAD_B + (load_chunk ^ load_row) * 8;
+                cp_async16(to, exists ? from + (first_token + token) * width + column : from, exists ? 16 : 0);
+            };
+#pragma unroll
+            for (int i = 0; i < GRAD_TOKENS; i += 8) {
+                const int token = tile * GRAD_TOKENS + load_row + i;
+                copy(load_row + i, dy, token, first_row + load_chunk * 8, out_features);
+                copy(load_row + i + GRAD_TOKENS, x, token, first_column + load_chunk * 8, in_features);
+            }
+        }
+        cp_async_commit();
+    };
+
+    // A lane passes the address of a row of 8 numbers, as in gemm_kernel. For A the four matrices are two
+    // chunks of 8 tokens, then the same chunks of the next 8 tokens. For B they are 16 tokens of a chunk,
+    // then the same tokens of the next chunk.
+    float sum[4][8][4] = {};
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int a_token = lane / 16 * 8 + lane % 8, a_chunk = warp % 2 * 8 + lane / 8 % 2;
+    const int b_token = lane / 8 % 2 * 8 + lane % 8, b_chunk = warp / 2 * 8 + lane / 16;
+    auto multiply = [&](const T* stage) {
+#pragma unroll
+        for (int token = 0; token < GRAD_TOKENS; token += 16) {
+            uint32_t a[4][4], b[4][4];
+            const T* const a_row = stage + (token + a_token) * GRAD_B;
+            const T* const b_row = stage + (GRAD_TOKENS + token + b_token) * GRAD_B;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                ldmatrix_x4_transposed(a[i], a_row + ((a_chunk + 2 * i) ^ lane % 8) * 8);
+                ldmatrix_x4_transposed(b[i], b_row + ((b_chunk + 2 * i) ^ lane % 8) * 8);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    mma_m16n8k16(T(), sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        }
+    };
+    for (int tile = 0; tile < GRAD_STAGES - 1; tile++) load(tile);
+    for (int tile = 0; tile < num_tiles; tile++) {
+        cp_async_wait<GRAD_STAGES - 2>();
+        __syncthreads();
+        load(tile + GRAD_STAGES - 1);
+        multiply(shared + tile % GRAD_STAGES * GRAD_STAGE_SIZE);
+    }
+
+    struct alignas(4) Pair { T v[2]; };
+    T* const dw_e = dw + blockIdx.z * int64_t(out_features) * in_features;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int row = first_row + warp % 2 * 64 + i * 8 + lane / 4;
+        if (row >= out_features) break;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const int column = first_column + warp / 2 * 64 + j * 8 + lane % 4 * 2;
+            if (column >= in_features) break;
+            Pair pair;
+            from_float(pair.v[0], sum[i / 2][j][i % 2 * 2]);
+            from_float(pair.v[1], sum[i / 2][j][i % 2 * 2 + 1]);
+            *reinterpret_cast<Pair*>(dw_e + int64_t(row) * in_features + column) = pair;
+        }
+    }
+}
+
 // ---------------------------------------------------------------- launching
 
 static int div_up(int a, int b) { return (a + b - 1) / b; }
@@ -635,6 +727,24 @@ extern "C" int moe_swiglu(const void* x, const void* w1_text, const void* w3_tex
     const UntypedProblem p{x, w1_text, w1_visual, w3_text, w3_visual, h, permutation, nullptr, counts,
                            num_tokens, in_features, out_features, nullptr, 1};
     return launch_for_dtype<true>(p, dtype, tile_config, stream);
+}
+template <typename T>
+static int launch_weight_gradients(const void* dy, const void* x, void* dw, const int64_t* counts,
+                                   int out_features, int in_features, cudaStream_t stream) {
+    const auto kernel = weight_gradient_kernel<T>;
+    const dim3 grid(div_up(out_features, GRAD_B), div_up(in_features, GRAD_B), 2);
+    LAUNCH(kernel, grid, GRAD_THREADS, GRAD_SHARED_BYTES, stream, static_cast<const T*>(dy),
+           static_cast<const T*>(x), static_cast<T*>(dw), counts, out_features, in_features);
+    return cudaGetLastError();
+}
+// dy (tokens, out_features) and x (tokens, in_features) are in permuted order, and dw is (2, out_features,
+// in_features). dtype is not FLOAT32.
+extern "C" int moe_weight_gradients(const void* dy, const void* x, void* dw, const int64_t* counts,
+                                    int out_features, int in_features, int dtype, cudaStream_t stream) {
+    const auto launch = dtype == BFLOAT16 ? launch_weight_gradients<__nv_bfloat16>
+                                          : launch_weight_gradients<__half>;
+    return dtype == FLOAT32 ? cudaErrorInvalidValue
+                            : launch(dy, x, dw, counts, out_features, in_features, stream);
 }
 extern "C" int moe_driver_version() {
     int version = 0;

@@ -371,37 +371,57 @@ def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, prod
 
 # ---------------------------------------------------------------- the gradient of the routed product
 
-@torch.library.custom_op("mono_internvl::moe_weight_gradients", mutates_args=())
-def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    """dW (2, M, K) = dyᵀ x over the tokens of each expert, first text; dy (N, M), x (N, K) in permuted order.
-
-    Only the device knows how many tokens an expert has. torch's grouped product reads that there: in bfloat16
-    on CPUs, Hopper and Blackwell (compute capability 9 and 10). Elsewhere the host waits for the numbers. It
-    is a short wait for each product, and it saves half of the multiplications. A CUDA graph cannot capture
-    it; then all rows are multiplied for both experts.
-    """
-    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)          # since torch 2.10
-    if grouped_mm and len(x) and x.dtype == torch.bfloat16 and (
-            x.device.type == "cpu" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)):
-        ends = counts.cumsum(0, dtype=torch.int32)                         # pads come after them
-        return grouped_mm(dy.contiguous().T, x.contiguous(), offs=ends)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return torch.stack([_one_weight_gradient(dy, x, counts, expert) for expert in range(2)])
-    dw, (num_text, num_visual) = x.new_empty(2, dy.shape[1], x.shape[1]), counts.tolist()
-    for expert, rows in enumerate((slice(num_text), slice(num_text, num_text + num_visual))):
-        torch.mm(dy[rows].T, x[rows], out=dw[expert])
-    return dw
-
-
-_weight_gradients.register_fake(lambda dy, x, counts: x.new_empty(2, dy.shape[1], x.shape[1]))
-
-
 def _one_weight_gradient(dy: Tensor, x: Tensor, counts: Tensor, expert: int) -> Tensor:
-    """dW (M, K) of one expert, 0 text or 1 visual, without the host. All rows are multiplied, and those of
-    others are set to zero before. A product with zero would not do, because 0 · NaN = NaN."""
+    """dW (M, K) = dyᵀ x over the tokens of one expert, 0 text or 1 visual; dy (N, M), x (N, K) in permuted
+    order. All rows are multiplied, and those of others are set to zero before: only the device knows how many
+    tokens an expert has. A product with zero would not do, because 0 · NaN = NaN."""
     position, num_text = torch.arange(len(x), device=x.device)[:, None], counts[0]
     rows = (position >= num_text) & (position < counts.sum()) if expert else position < num_text
     return torch.where(rows, dy, 0).T @ torch.where(rows, x, 0)
+
+
+def _launch_weight_gradients(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    dw = x.new_empty(2, dy.shape[1], x.shape[1])
+    launch("moe_weight_gradients", x.device, *map(_aligned, (dy, x)), dw, _aligned(counts), *dw.shape[1:],
+           DTYPES[x.dtype])
+    return dw
+
+
+@functools.cache
+def _gradient_is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Is weight_gradient_kernel right on this device? Compared once, with NaN where it must not read."""
+    for n, k, m in CHECKED_SIZES:
+        generator = torch.Generator().manual_seed(n)
+        dy, x = (torch.randn(n, size, generator=generator).to(device, dtype) for size in (m, k))
+        counts = torch.tensor([n // 3, n // 2], device=device)             # the others are pads
+        dy[n // 3 + n // 2:] = x[n // 3 + n // 2:] = torch.nan
+        dw = _launch_weight_gradients(dy, x, counts)
+        right = torch.stack([_one_weight_gradient(dy.float(), x.float(), counts, e) for e in range(2)])
+        if not torch.allclose(dw.float(), right, rtol=torch.finfo(dtype).eps, atol=1e-3):
+            warnings.warn(f"weight_gradient_kernel of moe_kernel.cu is wrong on {device} in {dtype} ({n} "
+                          f"tokens, {k} to {m}) and will not be used; please report this line", stacklevel=3)
+            return False
+    return True
+
+
+@torch.library.custom_op("mono_internvl::moe_weight_gradients", mutates_args=())
+def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    """dW (2, M, K) of both experts; dy (N, M), x (N, K) in permuted order. In 16 bits, weight_gradient_kernel
+    multiplies each expert's own rows alone. In bfloat16 on Hopper torch's grouped product does, which uses
+    wgmma and does not ask the host for the counts there. In float32, all rows are multiplied twice."""
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)          # since torch 2.10
+    if not len(x) or x.dtype == torch.float32:
+        pass
+    elif x.device.type == "cpu":
+        return _launch_weight_gradients(dy, x, counts)
+    elif grouped_mm and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9:
+        return grouped_mm(dy.contiguous().T, x.contiguous(), offs=counts.cumsum(0, dtype=torch.int32))
+    elif not torch.cuda.is_current_stream_capturing() and _gradient_is_right(x.device, x.dtype):
+        return _launch_weight_gradients(dy, x, counts)
+    return torch.stack([_one_weight_gradient(dy, x, counts, expert) for expert in range(2)])
+
+
+_weight_gradients.register_fake(lambda dy, x, counts: x.new_empty(2, dy.shape[1], x.shape[1]))
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -3076,24 +3076,62 @@ def test_gradients_equal_those_of_the_float64_reference(device, dtype, gather, s
                 assert (t.grad.cpu().double() - r.grad).norm() <= 2 * torch.finfo(dtype).eps * r.grad.norm()
 
 
+def check_weight_gradients(num_text, num_visual, pads, m, k, dtype, device="cpu"):
+    """Pads are NaN, which a gradient must not read. An expert without tokens gets zeros."""
+    dy, x = random_tensors((num_text + num_visual + pads, m), (num_text + num_visual + pads, k), dtype=dtype,
+                           device=device)
+    dy[num_text + num_visual:] = x[num_text + num_visual:] = torch.nan
+    counts = torch.tensor([num_text, num_visual], device=device)
+    dw = moe_kernel._launch_weight_gradients(dy, x, counts)
+    assert torch.equal(dw, moe_kernel._launch_weight_gradients(dy, x, counts)), "always the same bits"
+    for expert, rows in enumerate((slice(num_text), slice(num_text, num_text + num_visual))):
+        right = dy[rows].double().T @ x[rows].double()
+        assert_close(dw[expert].double(), right, rtol=torch.finfo(dtype).eps, atol=1e-4)
+        assert_close(moe_kernel._one_weight_gradient(dy, x, counts, expert).double(), right,
+                     rtol=torch.finfo(dtype).eps, atol=1e-4 if dtype != torch.float16 else 1e-3)
+
+
+@on_every_device
+@pytest.mark.parametrize("num_text, num_visual, pads, m, k, dtype", [
+    (0, 0, 3, 8, 8, torch.bfloat16), (5, 0, 0, 8, 136, torch.float16), (0, 33, 2, 136, 8, torch.bfloat16),
+    (31, 97, 40, 264, 72, torch.bfloat16), (130, 1, 0, 24, 200, torch.float16)])
+def test_weight_gradients_are_sums_over_each_experts_own_tokens(device, num_text, num_visual, pads, m, k,
+                                                                dtype):
+    """With tails in both widths, fewer and more tokens than the ring of stages holds, and empty experts."""
+    check_weight_gradients(num_text, num_visual, pads, m, k, dtype, device)
+
+
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch before 2.10")
-@pytest.mark.parametrize("dtype, capability, capturing, way", [
-    (torch.bfloat16, (9, 0), False, "grouped"), (torch.bfloat16, (10, 0), True, "grouped"),
-    (torch.bfloat16, (8, 0), False, "host"), (torch.bfloat16, (12, 0), True, "all rows"),
-    (torch.float16, (9, 0), False, "host"), (torch.float32, (9, 0), True, "all rows")])
-def test_how_a_gpu_multiplies_each_experts_own_rows(monkeypatch, dtype, capability, capturing, way):
+@pytest.mark.parametrize("dtype, capability, capturing, is_right, way", [
+    (torch.bfloat16, 9, True, False, "grouped"), (torch.float16, 9, False, True, "kernel"),
+    (torch.bfloat16, 8, False, True, "kernel"), (torch.bfloat16, 10, False, True, "kernel"),
+    (torch.bfloat16, 8, False, False, "all rows"), (torch.float16, 9, True, True, "all rows"),
+    (torch.float32, 9, False, True, "all rows")])
+def test_how_a_gpu_computes_weight_gradients_without_the_host(monkeypatch, dtype, capability, capturing,
+                                                              is_right, way):
     """Fake tensors hold no numbers, so whoever asks the host for one fails."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    ways = []
+    dw = lambda dy, x, *_: ways.append("all rows") or dy.T @ x             # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    all_rows = unittest.mock.Mock(side_effect=lambda dy, x, counts, expert: dy.T @ x)
-    monkeypatch.setattr(moe_kernel, "_one_weight_gradient", all_rows)
-    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    monkeypatch.setattr(moe_kernel, "_gradient_is_right", lambda device, dtype: is_right)
+    monkeypatch.setattr(moe_kernel, "_one_weight_gradient", dw)
+    monkeypatch.setattr(moe_kernel, "launch", lambda *_: ways.append("kernel"))
     with FakeTensorMode(), unittest.mock.patch.object(F, "grouped_mm", wraps=F.grouped_mm) as product:
-        dy, x, counts = (torch.empty(size, device="cuda", dtype=dtype) for size in ((70, 24), (70, 40), 2))
-        with pytest.raises(DataDependentOutputException) if way == "host" else contextlib.nullcontext():
-            dw = moe_kernel._weight_gradients._init_fn(dy, x, counts.long())
-            assert dw.shape == (2, 24, 40) and dw.dtype == dtype and dw.is_cuda
-    assert (product.called, all_rows.called) == (way == "grouped", way == "all rows")
+        dy, x, counts = (torch.empty(size, device="cuda", dtype=dtype) for size in ((72, 24), (72, 40), 2))
+        monkeypatch.setattr(moe_kernel, "_aligned", lambda tensor: tensor)
+        result = moe_kernel._weight_gradients._init_fn(dy, x, counts.long())
+        assert result.shape == (2, 24, 40) and result.dtype == dtype and result.is_cuda
+    assert {*ways, *["grouped"] * product.called} == {way}
+
+
+def test_a_gradient_kernel_that_is_wrong_is_found_and_one_line_says_so(monkeypatch):
+    assert moe_kernel._gradient_is_right.__wrapped__(CPU, torch.bfloat16)
+    launch = moe_kernel.launch
+    monkeypatch.setattr(moe_kernel, "launch", lambda *a: launch(*a) or a[4][-1, -1].zero_())
+    with pytest.warns(UserWarning, match="weight_gradient_kernel .* is wrong on cpu .* not be used"):
+        assert not moe_kernel._gradient_is_right.__wrapped__(CPU, torch.bfloat16)
 
 
 def test_one_expert_that_learns_alone_gets_its_gradient_without_the_host():
@@ -3381,6 +3419,7 @@ def check_build(path):
         for seed, (labels, (dtype, tile)) in enumerate(itertools.product([[], [PAD] * 3, mixed], shapes)):
             options = seed % 2 == 0, seed // 2 % 2 == 0
             check_kernels(torch.tensor(labels, dtype=torch.uint8), 456, 72, dtype, tile, *options)
+        check_weight_gradients(70, 130, 3, 136, 72, torch.bfloat16)
         check_kernels(torch.tensor(mixed[:70], dtype=torch.uint8), 584, 40, torch.float16, "small / 2")
 
 
@@ -3480,6 +3519,12 @@ PLANTED_BUGS = {                                   # name: what stands in moe_ke
     "a split in the place of another": ("int64_t(blockIdx.z % p.splits) * p.num_tokens",
                                         "int64_t(blockIdx.z / p.splits) * p.num_tokens"),
     "a split that is added twice": ("p.partial_sums + split * size", "p.partial_sums + split / 2 * size"),
+    "gradient: a missing barrier": ("GRAD_STAGES - 2>();\n        __syncthreads();", "GRAD_STAGES - 2>();"),
+    "gradient: a wait one group too short": ("cp_async_wait<GRAD_STAGES - 2>()",
+                                             "cp_async_wait<GRAD_STAGES - 1>()"),
+    "gradient: no swizzle": ("(load_chunk ^ load_row) * 8;", "load_chunk * 8;"),
+    "gradient: the tokens of the other expert": ("token < num_tokens && column", "column"),
+    "gradient: a tail of the widths": ("if (column >= in_features) break;", ""),
     "wgmma: no fence between copies and products": ("        fence_proxy_async();\n", ""),
     "wgmma: no fence between the sums and products": ("        wgmma_fence();\n", ""),
     "wgmma: no wait for the last products": ("    wgmma_wait<0>();\n", ""),
