@@ -470,7 +470,7 @@ static const Instruction wgmma_commit{"wgmma.commit_group", WARPGROUP, execute_w
 
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
     const int limit = cuda_on_cpu::environment("CUDA_ON_CPU_SHARED_KB", 227);  // of a block; sm_90 has 227 KB
-    if (bytes > limit << 10) return cudaErrorInvalidValue;
+    if (bytes > limit << 10) return cuda_on_cpu::last_error = cudaErrorInvalidValue;
     return cuda_on_cpu::max_shared_bytes[(void*)kernel] = bytes, cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }

@@ -521,7 +521,7 @@ static int launch_block_tile(const Problem<T>& p, void (*kernel)(Problem<T>), cu
     // set per device, so we set it before every launch.
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::SHARED_BYTES);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return cudaGetLastError();  // takes it away, or the next launch would return it
     const dim3 grid =
         tile_grid(p.num_tokens, p.out_features, Tile::BM, SWIGLU ? Tile::BN / 2 : Tile::BN, p.splits);
     LAUNCH(kernel, grid, Tile::THREADS, Tile::SHARED_BYTES, stream, p);
