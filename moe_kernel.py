@@ -58,7 +58,9 @@ def _locked(path: Path):
 
 def nvcc_command(sm: str) -> list[str]:
     """How to compile for an architecture. Raises RuntimeError if nvcc is missing."""
-    folders = os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+    folders = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    if home := os.environ.get("CUDA_HOME"):        # comes before an old nvcc on the PATH
+        folders = [f"{home}/bin", folders[0]]
     compiler = shutil.which("nvcc", path=os.pathsep.join(folders))
     if compiler is None:
         raise RuntimeError("nvcc is missing; install the CUDA toolkit, or set CUDA_HOME to its folder")
