@@ -2965,6 +2965,15 @@ def test_where_a_multiprocessor_has_100_kilobytes_these_tiles_fit_in_once_or_twi
 
 
 @on_every_device
+@pytest.mark.parametrize("dtype, tile", [(torch.float32, "auto"), (torch.bfloat16, "small"),
+                                         (torch.bfloat16, "small / 2"), (torch.float16, "hopper64x64")])
+def test_a_prompt_with_more_token_tiles_than_a_band_is_right(device, dtype, tile):
+    skip_unless_possible(tile, device)
+    labels = torch.arange(2200, device=device).remainder(7).clamp(max=PAD).to(torch.uint8)
+    check_kernels(labels, 72, 40, dtype, tile)
+
+
+@on_every_device
 @on_every_dtype
 @pytest.mark.parametrize("kind", [TEXT, VISUAL, PAD])
 def test_nan_in_one_kind_of_token_and_its_expert_never_reaches_another(device, dtype, kind):
@@ -3367,7 +3376,8 @@ def test_the_fastest_tile_and_back_end_of_the_nearest_size_are_chosen(monkeypatc
 
 def check_build(path):
     """What a sanitized or sabotaged build of moe_kernel.cu is put to: both experts with boundary tiles and
-    tails, more steps along K than pipeline stages, and tiles of pads alone, in every dtype and tile shape."""
+    tails, more steps along K than pipeline stages, and tiles of pads alone, in every dtype and tile shape;
+    and once more token tiles than a band has."""
     faulthandler.disable()
     torch.set_num_threads(1)
     library = ctypes.CDLL(str(path))
@@ -3510,6 +3520,7 @@ def test_every_planted_bug_is_found(tmp_path):
 # ---------------------------------------------------------------- the benchmarks
 
 TOOLKIT = json.loads((GOLDEN / "benchmarks.json").read_text(encoding="utf-8"))
+    check_kernels(torch.tensor(mixed * 16, dtype=torch.uint8), 8, 8, torch.float32)        # two bands
 CHOICES = ["MMBench_DEV_EN", "MMBench_TEST_EN", "CCBench", "SEEDBench_IMG", "ScienceQA_TEST", "AI2D_TEST",
            "MMMU_DEV_VAL"]
 TSV_OF = {"vqa_accuracy": ["TextVQA_VAL"], "anls": ["DocVQA_VAL", "DocVQA_TEST", "InfoVQA_VAL"],
@@ -3597,6 +3608,7 @@ def test_rows_add_up_to_the_toolkits_numbers(case):
     mine["Text Recognition"] = sum(value for name, value in found["parts"].items()
                                    if re.search("Handwriting|(Text|String) Recognition", name))
     if case["benchmark"] in CHOICES:               # fractions, for each split
+    "a token tile between two bands is left out": ("splits * BAND", "splits * (BAND + 1)"),
         wanted = next(wanted[split] for split in ("validation", "dev", "none") if split in wanted)
         names = {"CP": "coarse_perception", "LR": "logic_reasoning", "RR": "relation_reasoning"}
         wanted = {names.get(name, name): 100 * value for name, value in wanted.items()}
