@@ -3296,12 +3296,12 @@ def own_table(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda y: y[-1].zero_(), lambda y: y[:, -1].fill_(math.nan), lambda y: y.mul_(1 + 2 ** -6),
-    lambda y: y.fill_(math.nan) if y.isnan().any() else y])
+    lambda y: y[::max(1, len(y) - 1)].zero_(), lambda y: y[:, -1].fill_(math.nan),
+    lambda y: y.mul_(1 + 2 ** -6), lambda y: y.fill_(math.nan) if y.isnan().any() else y])
 @pytest.mark.parametrize("function", ["moe_linear", "moe_swiglu"])
 def test_a_tile_that_is_wrong_on_this_device_is_reported_and_never_used(
         own_table, monkeypatch, function, spoil):
-    """A lost row, NaN in a column, an error of three roundings, NaN that spreads from one expert to all."""
+    """Two lost rows, NaN in a column, an error of three roundings, NaN that spreads from one expert."""
     def spoiled(name, device, *arguments, launch=moe_kernel.launch):
         launch(name, device, *arguments)
         y, tile_config = {"moe_linear": (3, -3), "moe_swiglu": (5, -1)}.get(name, (0, 0))
@@ -3352,6 +3352,49 @@ def test_a_gpu_measures_the_tiles_that_were_made_for_it(monkeypatch, major, mino
         tiles = {*moe_kernel.tile_configs(torch.device("cuda"), torch.bfloat16, product)}
         assert tiles & {*range(5, 11)} == made_for_it and {1, 2, 3} <= tiles
         assert any(t > moe_kernel.SPLIT for t in tiles) == (product != "swiglu")
+@pytest.mark.parametrize("where", ["no gather", "no scatter", "pads beside NaN"])
+def test_a_tile_is_also_checked_without_gather_without_scatter_and_at_pads(own_table, monkeypatch, where):
+    """w2 has no gather, and training has products without scatter."""
+    def spoiled(name, device, *arguments, launch=moe_kernel.launch):
+        launch(name, device, *arguments)
+        if name == "moe_linear" and arguments[-3] == 2 and len(arguments[3]):
+            y, gather, scatter, counts = arguments[3:7]
+            if where == "pads beside NaN":
+                y[counts.sum():][y[0].isnan().expand(len(y) - counts.sum(), -1)] = math.nan
+            elif (gather if where == "no gather" else scatter) is None:
+                y[-1] += 1
+    monkeypatch.setattr(moe_kernel, "launch", spoiled)
+    with pytest.warns(UserWarning, match="tile config 2 .* is wrong on cpu"):
+        measured_again(CPU, torch.bfloat16, "linear", 64, 72)
+
+
+def test_a_tile_that_cannot_be_launched_is_never_used_and_does_not_spoil_the_next_launch(
+        own_table, monkeypatch):
+    monkeypatch.setenv("CUDA_ON_CPU_SHARED_KB", "49")          # too little for small, enough for medium3
+    monkeypatch.setattr(moe_kernel, "tile_configs", lambda *_: [1, 9])
+    with pytest.warns(UserWarning, match=r"tile config 1 .* \(moe_linear: invalid argument\)") as warned:
+        times = measured_again(CPU, torch.bfloat16, "linear", 64, 72)
+    assert len(warned) == 1 and times[64].keys() == {"9", "torch"}
+
+
+@pytest.mark.parametrize("spoil", [lambda permutation, counts: counts[0].add_(1),
+                                   lambda permutation, counts: permutation.copy_(permutation.roll(1))])
+def test_a_wrong_route_is_an_error_because_every_tile_needs_it(own_table, monkeypatch, spoil):
+    def spoiled(name, device, *arguments, launch=moe_kernel.launch):
+        launch(name, device, *arguments)
+        if name == "moe_route":
+            spoil(*arguments[1:3])
+    monkeypatch.setattr(moe_kernel, "launch", spoiled)
+    with pytest.raises(RuntimeError, match="moe_route .* is wrong on cpu; please report"):
+        measured_again(CPU, torch.bfloat16, "linear", 64, 72)
+
+
+def test_measuring_does_not_change_what_is_drawn_afterwards(own_table):
+    state = torch.get_rng_state()
+    measured_again(CPU, torch.float32, "linear", 64, 72)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 
 
 def test_the_fastest_tile_and_back_end_of_the_nearest_size_are_chosen(monkeypatch):
