@@ -60,9 +60,8 @@ def _locked(path: Path):
 
 def nvcc_command(sm: str) -> list[str]:
     """How to compile for an architecture. Raises RuntimeError if nvcc is missing."""
-    folders = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-    if home := os.environ.get("CUDA_HOME"):        # comes before an old nvcc on the PATH
-        folders = [f"{home}/bin", folders[0]]
+    home, path = os.environ.get("CUDA_HOME"), os.environ.get("PATH", "")
+    folders = (f"{home}/bin", path) if home else (path, "/usr/local/cuda/bin")
     compiler = shutil.which("nvcc", path=os.pathsep.join(folders))
     if compiler is None:
         raise RuntimeError("nvcc is missing; install the CUDA toolkit, or set CUDA_HOME to its folder")
@@ -227,10 +226,9 @@ def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: i
     w = [weight / k ** 0.5 for weight in w]                                # w1 and w3 of text, then of visual
     expert = (torch.arange(n) * 7 // 3 % 4).clamp(max=2).to(torch.uint8)
     permutation, counts = route(expert.to(device))
-    if not (torch.equal(permutation.cpu(), expert.argsort(stable=True))
-            and torch.equal(counts.cpu(), expert.bincount(minlength=3)[:2])):
-        raise RuntimeError(f"moe_route of moe_kernel.cu is wrong on {library(device).device_name}; please "
-                           "report this line")
+    right = expert.argsort(stable=True), expert.bincount(minlength=3)[:2]
+    if not all(map(torch.equal, (permutation.cpu(), counts.cpu()), right)):
+        raise RuntimeError(f"moe_route of moe_kernel.cu is wrong on {device}; please report this line")
 
     def naive(i, scatter):
         weights = w[i].float(), w[i + 2].float()
@@ -397,7 +395,7 @@ def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, prod
     except RuntimeError as e:
         FAILED.add(device)
         warnings.warn("the torch back end is chosen, because moe_kernel.cu could not be measured on "
-                      f"{device} ({str(e).partition(chr(10))[0]})", stacklevel=3)
+                      f"{library(device).device_name} ({str(e).partition(chr(10))[0]})", stacklevel=3)
         return "torch"
     return "cuda" if sum(kernel) < sum(by_torch) else "torch"
 

@@ -3474,12 +3474,12 @@ def test_where_measuring_fails_auto_is_torch_and_one_line_says_why_once(monkeypa
     def broken(*_):
         raise RuntimeError("moe_route: CUDA driver version is insufficient for CUDA runtime version\nmore")
     monkeypatch.setattr(moe_kernel, "measured", broken)
-    monkeypatch.setattr(moe_kernel, "library", lambda device: object())
+    monkeypatch.setattr(moe_kernel, "library", lambda device: SimpleNamespace(device_name="a GPU"))
     monkeypatch.setattr(moe_kernel, "tile_configs", lambda *_: [1])
     monkeypatch.setattr(moe_kernel, "FAILED", set())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     asked = torch.device("cuda"), torch.bfloat16, 64, [("linear", 640, 72)]
-    with pytest.warns(UserWarning, match="torch back end is .* driver version is insufficient") as warned:
+    with pytest.warns(UserWarning, match="torch back end is .* on a GPU .moe_route: CUDA driver") as warned:
         assert {moe_kernel.fastest_back_end(*asked) for _ in range(3)} == {"torch"}
     assert len(warned) == 1 and "\n" not in str(warned[0].message)
 
