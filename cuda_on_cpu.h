@@ -8,7 +8,8 @@
 // the kernel runs as ordinary C++. A fiber runs until the kernel has to wait for other threads: at
 // __syncthreads, or at an instruction that a warp or a warpgroup executes together (ldmatrix, mma, wgmma).
 // Then the next fiber runs. The blocks run one after another. Atomics, races between blocks and TMA are not
-// modelled. The model is strict, so that tests find mistakes. A GPU may do all that variables select here:
+// modelled. The model is strict, so that tests find mistakes. A GPU may behave in each of the ways that these
+// variables select:
 //   - Shared memory is NaN when a block starts, so a read of what no thread wrote shows in the result.
 //   - cp.async copies nothing until the thread waits for it, so a missing wait leaves NaN in the result too.
 //     With CUDA_ON_CPU_EAGER=1 in the environment it copies at once, and a copy that is issued too early
@@ -18,8 +19,8 @@
 //   - Each thread runs as far as it can before the next one starts, so a missing __syncthreads shows up. Some
 //     show up only in the reverse order, which CUDA_ON_CPU_REVERSE=1 selects.
 //   - The program aborts if threads of a warp wait at different places, or if a barrier is not reached by all
-//     threads of the block; if a 16-byte access to shared memory is misaligned; and if the rows that ldmatrix
-//     reads together lie in the same banks.
+//     threads of the block; if cp.async, ldmatrix or wgmma gets a misaligned address in shared memory; and if
+//     the rows that ldmatrix reads together lie in the same banks.
 //   - A launch with more than 48 KB of shared memory fails unless cudaFuncSetAttribute has allowed it, which
 //     gives at most 227 KB, or what CUDA_ON_CPU_SHARED_KB says.
 //   - Shared memory and stacks are ordinary memory, which -fsanitize=address,undefined checks.
@@ -477,7 +478,7 @@ static const Instruction wgmma_commit{"wgmma.commit_group", WARPGROUP, execute_w
 
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
     const int limit = cuda_on_cpu::environment("CUDA_ON_CPU_SHARED_KB", 227);  // of a block; sm_90 has 227 KB
-    if (bytes > limit << 10) return cudaErrorInvalidValue;
+    if (bytes > limit << 10) return cuda_on_cpu::last_error = cudaErrorInvalidValue;
     return cuda_on_cpu::max_shared_bytes[(void*)kernel] = bytes, cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }

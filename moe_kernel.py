@@ -2,8 +2,8 @@
 
 The model calls three functions of this file: `route` sorts the tokens by expert, `linear` and `swiglu` are
 the two routed products. In this order: the build; the operators, which PyTorch knows as
-torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu; what finds out on a device which tiles are right
-and which is the fastest (`python moe_kernel.py` shows it); the gradient; and what the model calls, which
+torch.ops.mono_internvl.moe_route, moe_linear and moe_swiglu; how a device finds out which tiles are right and
+which is the fastest (`python moe_kernel.py` shows it); the gradient; and what the model calls, which
 checks, casts and reshapes.
 
 Shapes: N tokens laid end to end, K -> M widths of a product. `permutation` (N,) int64 lists the token indices
@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ TILES = {"small": 1, "medium": 2, "large": 3, "naive": 4,                  # the
          "medium3": 9, "large3": 10}
 SPLIT = 100                                        # s · SPLIT + a tile config: the sum is split in s parts
 SIZES = 64, 128, 256, 320, 512, 576, 1024, 1088, 1856, 2048, 3392, 4096    # tokens; of 1, 2, 4, 7, 13 tiles
-CHECKED_SIZES = (0, 8, 8), (1, 8, 8), (65, 200, 72), (270, 520, 264)       # tokens, K, M: tails everywhere
+# Tokens, K, M. They leave tails everywhere, and 4,200 tokens are more token tiles than a band has.
+CHECKED_SIZES = (0, 8, 8), (1, 8, 8), (65, 200, 72), (270, 520, 264), (4200, 8, 8)
 
 
 # ---------------------------------------------------------------- the build
@@ -58,7 +60,8 @@ def _locked(path: Path):
 
 def nvcc_command(sm: str) -> list[str]:
     """How to compile for an architecture. Raises RuntimeError if nvcc is missing."""
-    folders = os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+    home, path = os.environ.get("CUDA_HOME"), os.environ.get("PATH", "")
+    folders = (f"{home}/bin", path) if home else (path, "/usr/local/cuda/bin")
     compiler = shutil.which("nvcc", path=os.pathsep.join(folders))
     if compiler is None:
         raise RuntimeError("nvcc is missing; install the CUDA toolkit, or set CUDA_HOME to its folder")
@@ -80,7 +83,7 @@ def build(device: torch.device, source: Path = SOURCE) -> str:
         raise RuntimeError("it runs on NVIDIA GPUs and CPUs only")
     command += ["-shared", str(source)]
     key = hashlib.sha256(repr(command).encode())
-    for file in source, source.with_name("cuda_on_cpu.h"):
+    for file in source, source.with_name("cuda_on_cpu.h"), Path(__file__):  # which has the checks
         key.update(file.read_bytes())
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
     folder = folder / f"moe_kernel_{device.type}_{key.hexdigest()[:16]}"
@@ -103,11 +106,13 @@ def library(device: torch.device) -> ctypes.CDLL | None:
     try:
         path = build(device)
         loaded = ctypes.CDLL(path)
-        loaded.folder = Path(path).parent
+        loaded.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        loaded.table = Path(path).with_name("measured_" + re.sub(r"\W+", "_", loaded.device_name) + ".json")
     except (ImportError, OSError, RuntimeError) as e:      # no fcntl, no compiler, a folder that is read-only
         lines = str(e).splitlines() or [""]
         why = next((line for line in lines[1:] if re.search("error:|fatal|(cannot|not) f", line)), lines[0])
-        warnings.warn(f"no cuda back end on {device}: moe_kernel.cu could not be built ({why})", stacklevel=3)
+        warnings.warn(f"no cuda back end on {device}: moe_kernel.cu could not be built or loaded ({why})",
+                      stacklevel=3)
         return None
     if device.type == "cpu":
         warnings.warn("the cuda back end on a CPU: cuda_on_cpu.h runs moe_kernel.cu for tests and study; "
@@ -120,7 +125,7 @@ def launch(function: str, device: torch.device, *arguments: Tensor | int | None)
     """Calls a launcher of moe_kernel.cu on the device's current stream. None becomes a null pointer."""
     loaded = library(device)
     if loaded is None:
-        raise RuntimeError(f"moe_kernel.cu could not be built for {device}; choose the torch back end")
+        raise RuntimeError(f"no cuda back end on {device}, as a warning said; choose the torch back end")
     pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     on_gpu = device.type == "cuda"
     with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
@@ -162,7 +167,7 @@ def route(expert: Tensor) -> tuple[Tensor, Tensor]:
 def _linear(x: Tensor, w_text: Tensor, w_visual: Tensor, permutation: Tensor, counts: Tensor,
             gather: bool, scatter: bool, tile_config: int) -> Tensor:
     """x (N, K), weights (M, K) -> (N, M). x is in reading order if gather, else in permuted order; the result
-    is in reading order if scatter. tile_config: 0 lets moe_kernel.cu choose, else a value of its enum."""
+    is in reading order if scatter. tile_config: of moe_kernel.cu's enum, or 0 for the fastest."""
     y, permutation = x.new_empty(len(x), len(w_text)), _aligned(permutation)
     tile_config = tile_config or best_tile(x.device, x.dtype, "linear" if gather else "w2", x.shape[1],
                                          len(w_text), tokens=len(x))
@@ -192,14 +197,18 @@ _swiglu.register_fake(lambda x, w, *others: x.new_empty(x.shape[0], w.shape[0]))
 
 # ---------------------------------------------------------------- which tile, and is it right on this device?
 
-# A device's first use of a product checks every tile config against the naive kernel, and measures those that
-# are right. Both results are kept in a JSON file beside the library.
+# At the first use of a dtype on a device, every tile config is checked against the naive kernel. At the first
+# use of a product, those that are right are measured. A JSON file beside the library keeps both results.
 
 def tile_configs(device: torch.device, dtype: torch.dtype, product: str) -> list[int]:
-    """What may be the fastest for a product on this device. In float32 all tiles are the same."""
+    """What may be the fastest for a product on this device, beside torch. In float32 all tiles are the same.
+    F.grouped_mm would need the weights of both experts in one tensor. They are two parameters, as in the
+    official checkpoints, so each call would have to copy both."""
     if dtype == torch.float32:
         return [TILES["small"]]
     gpu = None if device.type == "cpu" else torch.cuda.get_device_properties(device)       # a CPU runs all
+    if gpu and gpu.major < 8:
+        return []                                  # it has neither cp.async nor this mma
     hopper = gpu is None or (gpu.major, gpu.minor) == (9, 0)
     three_stages = gpu is None or gpu.shared_memory_per_multiprocessor <= 100 << 10
     tiles = [t for name, t in TILES.items() if name != "naive" and (hopper or "hopper" not in name)
@@ -210,28 +219,37 @@ def tile_configs(device: torch.device, dtype: torch.dtype, product: str) -> list
 
 def _find_fault(device: torch.device, dtype: torch.dtype, tile_config: int, n: int, k: int, m: int) -> str:
     """What is wrong with a tile config for these sizes, or "". Compares with linear_naive_kernel in float32
-    on the same numbers, first all outputs, then those of visual tokens while everything else is NaN."""
+    on the same numbers. First come all outputs, with gather and scatter. Then, without both, come those of
+    visual tokens and pads, while everything else is NaN."""
     generator = torch.Generator().manual_seed(n)
     x, *w = (torch.randn(size, k, generator=generator).to(device, dtype) for size in (n, m, m, m, m))
     w = [weight / k ** 0.5 for weight in w]                                # w1 and w3 of text, then of visual
-    expert = (torch.arange(n) * 7 // 3 % 4).clamp(max=2).to(device, torch.uint8)
-    permutation, counts = route(expert)
+    expert = (torch.arange(n) * 7 // 3 % 4).clamp(max=2).to(torch.uint8)
+    permutation, counts = route(expert.to(device))
+    right = expert.argsort(stable=True), expert.bincount(minlength=3)[:2]
+    if not all(map(torch.equal, (permutation.cpu(), counts.cpu()), right)):
+        raise RuntimeError(f"moe_route of moe_kernel.cu is wrong on {device}; please report this line")
 
     def naive(i, scatter):
         weights = w[i].float(), w[i + 2].float()
         return _linear(x.float(), *weights, permutation, counts, True, scatter, TILES["naive"])
     linear, swiglu = naive(0, True), torch.nn.functional.silu(naive(0, False)) * naive(1, False)
-    for is_compared in expert < 3, expert == 1:
-        if not is_compared.all():
-            x = x.masked_fill((expert != 1)[:, None], torch.nan)
+    for order in permutation, None:
+        rows = slice(None)
+        if order is None:
+            x = x.masked_fill((expert != 1).to(device)[:, None], torch.nan)[permutation]
             w[:2] = [torch.full_like(weight, torch.nan) for weight in w[:2]]
+            linear, rows = linear[permutation], torch.arange(n, device=device) >= counts[0]
         y, h = (torch.full((n, m), torch.nan, device=device, dtype=dtype) for _ in range(2))
-        launch_linear(y, x, w[0], w[2], permutation, permutation, counts, tile_config)
-        results = [("linear", y, linear, is_compared)]
-        if tile_config < SPLIT:                                            # SwiGLU does not split sums
-            launch("moe_swiglu", device, x, *w, h, permutation, counts, n, k, m, DTYPES[dtype], tile_config)
-            results.append(("SwiGLU", h, swiglu, is_compared[permutation]))
-        for product, result, right, rows in results:
+        results = [("linear", y, linear)]
+        try:
+            launch_linear(y, x, w[0], w[2], order, order, counts, tile_config)
+            if tile_config < SPLIT:                                        # SwiGLU does not split sums
+                launch("moe_swiglu", device, x, *w, h, order, counts, n, k, m, DTYPES[dtype], tile_config)
+                results.append(("SwiGLU", h, swiglu))
+        except RuntimeError as e:
+            return str(e)
+        for product, result, right in results:
             wrong = ~((result - right).abs() <= torch.finfo(dtype).eps * right.abs() + 1e-4)[rows]
             if wrong.any():
                 return f"{product} of {n} tokens, {k} to {m}: {int(wrong.sum())} of {wrong.numel()} numbers"
@@ -252,9 +270,11 @@ def _microseconds(device: torch.device, call, copies: int) -> float:
         call(0)
         torch.cuda.synchronize(device)
         graph.capture_begin(capture_error_mode="thread_local")
-        for i in range(copies):
-            call(i)
-        graph.capture_end()
+        try:
+            for i in range(copies):
+                call(i)
+        finally:
+            graph.capture_end()                    # even if there is no memory for a result
         for _ in range(4):
             begin.record()
             graph.replay()
@@ -268,7 +288,7 @@ def _measure(product: str, n: int, weights: list, tiles: list) -> dict[str, floa
     """{choice: microseconds} for n tokens, 64 of them text. A choice is a tile config or "torch", which is
     cuBLAS with as much gather, silu and scatter as the product needs in a layer. weights: of each call."""
     (m, k), device = weights[0][0].shape, weights[0][0].device
-    x = torch.randn(n, k, device=device, dtype=weights[0][0].dtype)
+    x = torch.randn(n, k, device=device, dtype=weights[0][0].dtype, generator=torch.Generator(device))
     expert = torch.zeros(n, device=device, dtype=torch.uint8)
     expert[32:-32] = 1                                                     # as an image stands in a prompt
     permutation, counts = route(expert)
@@ -293,27 +313,30 @@ def _measure(product: str, n: int, weights: list, tiles: list) -> dict[str, floa
 
 
 MEASURED = {}                                      # what this process has measured or read already
+FAILED = set()                                     # the devices where measuring failed
 
 
 @torch.compiler.disable
 def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: int) -> dict:
     """{number of tokens: {choice: microseconds}} of "linear" (wqkv, wo), "swiglu" (w1 and w3) or "w2", K -> M
-    widths, on this device: read from the file beside the library, or measured now and written there."""
+    widths, on this device: read from the file beside the library, or measured now and written there. Raises
+    RuntimeError if it would have to measure while a CUDA graph is captured."""
     if (asked := (device, dtype, product, k, m)) in MEASURED:
         return MEASURED[asked]
-    file, key = library(device).folder / "measured.json", f"{product} {k} to {m} {dtype}"
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
-    made_with = {"device": name, "driver": library(device).moe_driver_version(), "torch": torch.__version__}
+    loaded, key, on_gpu = library(device), f"{product} {k} to {m} {dtype}", device.type == "cuda"
+    file, name = loaded.table, loaded.device_name
+    made_with = {"device": name, "driver": loaded.moe_driver_version(), "torch": torch.__version__}
     with _locked(file.with_suffix(".lock")):
         try:
             table = json.loads(file.read_text())
             if {field: table[field] for field in made_with} != made_with:
                 raise ValueError("another device, driver or torch")
-            faults, times = table["faults"].get(str(dtype)), table["microseconds"].get(key)
-            times = times and {int(n): row for n, row in times.items()}
+            faults = table["faults"].get(str(dtype))
+            times = {int(n): row for n, row in table["microseconds"].get(key, {}).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):    # none yet, old or damaged
-            table, faults, times = made_with | {"faults": {}, "microseconds": {}}, None, None
+            table, faults, times = made_with | {"faults": {}, "microseconds": {}}, None, {}
+        if on_gpu and (faults is None or not times) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("moe_kernel.cu has not been measured; run the model once before capturing it")
         if faults is None:
             faults = {}
             for tile, sizes in itertools.product(tile_configs(device, dtype, "linear"), CHECKED_SIZES):
@@ -321,12 +344,13 @@ def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
                     faults[str(tile)] = why
                     warnings.warn(f"tile config {tile} of moe_kernel.cu is wrong on {name} ({why}) and will "
                                   f"not be used; please report this line together with {file}", stacklevel=3)
-        if times is None:
+        if not times:
             tiles = [t for t in tile_configs(device, dtype, product) if str(t) not in faults]
             matrices = 4 if product == "swiglu" else 2                     # 256 MB, more than an L2 cache
             copies = 1 + (256 << 20) // (matrices * k * m * dtype.itemsize) if on_gpu else 1
-            weights = [torch.randn(matrices, m, k, device=device, dtype=dtype).div(k ** 0.5).unbind()
-                       for _ in range(copies)]
+            generator = torch.Generator(device)    # its own: the user's program still draws the same numbers
+            weights = [torch.randn(matrices, m, k, device=device, dtype=dtype, generator=generator)
+                       .div(k ** 0.5).unbind() for _ in range(copies)]
             times = {n: _measure(product, n, weights, tiles) for n in (SIZES if on_gpu else SIZES[:1])}
         table["faults"][str(dtype)], table["microseconds"][key] = faults, times
         with contextlib.suppress(OSError):                                 # from a read-only folder
@@ -347,9 +371,8 @@ def _fastest(product: tuple, tokens: int) -> tuple[int | None, float, float]:
 
 
 def best_tile(*product, tokens: int) -> int:
-    """The fastest tile config for arguments of `measured`, or 0, which leaves the choice to moe_kernel.cu: on
-    a CPU, and if nothing has been measured before a CUDA graph is captured."""
-    if product[0].type == "cpu" or product not in MEASURED and torch.cuda.is_current_stream_capturing():
+    """The fastest tile config for arguments of `measured`. On a CPU 0, which leaves it to moe_kernel.cu."""
+    if product[0].type == "cpu":
         return 0
     tile = _fastest(product, tokens)[0]
     if tile is None:
@@ -359,13 +382,21 @@ def best_tile(*product, tokens: int) -> int:
 
 @torch.compiler.disable
 def fastest_back_end(device: torch.device, dtype: torch.dtype, tokens: int, products) -> str:
-    """"cuda" or "torch", whichever needs less time for the products (name, K, M) of a layer together."""
-    if device.type != "cuda" or dtype not in DTYPES or library(device) is None:
+    """"cuda" or "torch", whichever needs less time for the products (name, K, M) of a layer together.
+    Where the kernel cannot run or cannot be measured, it is "torch"."""
+    if (device.type != "cuda" or dtype not in DTYPES or not tile_configs(device, dtype, "linear")
+            or any(k % 8 or m % 8 for _, k, m in products) or device in FAILED or library(device) is None):
         return "torch"
     if torch.cuda.is_current_stream_capturing():
         return "cuda"                              # torch would have to ask the host for the counts
-    _, kernel, by_torch = zip(*(_fastest((device, dtype, *product), tokens) for product in products),
-                              strict=True)
+    try:
+        _, kernel, by_torch = zip(*(_fastest((device, dtype, *product), tokens) for product in products),
+                                  strict=True)
+    except RuntimeError as e:
+        FAILED.add(device)
+        warnings.warn("the torch back end is chosen, because moe_kernel.cu could not be measured on "
+                      f"{library(device).device_name} ({str(e).partition(chr(10))[0]})", stacklevel=3)
+        return "torch"
     return "cuda" if sum(kernel) < sum(by_torch) else "torch"
 
 
@@ -505,18 +536,26 @@ def swiglu(x: Tensor, text: Sequence[Tensor], visual: Sequence[Tensor], permutat
     return _linear(h, w2_text, w2_visual, permutation, counts, False, True, 0).view(x.shape)
 
 
-def main() -> None:
+def main() -> int:
     """Checks and measures the products of a layer of the 2B model, and prints what was the fastest."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if library(device) is None:                    # a warning has said why
+        return 1
     dtype, (d, f) = torch.bfloat16, (2048, 8192) if device.type == "cuda" else (64, 128)
     products = {"wqkv": ("linear", d, 2 * d), "wo": ("linear", d, d), "w1|w3": ("swiglu", d, f),
                 "w2": ("w2", f, d)}
+    try:
+        tables = {name: measured(device, dtype, *product) for name, product in products.items()}
+    except RuntimeError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
     print("tokens  product  fastest, microseconds; torch, microseconds")
-    for name, product in products.items():
-        for n, times in measured(device, dtype, *product).items():
+    for name, table in tables.items():
+        for n, times in table.items():
             best = min(times, key=times.get)
             print(f"{n:6}  {name:7}  {best:>7} {times[best]:8.1f}; torch {times['torch']:8.1f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2965,6 +2965,15 @@ def test_where_a_multiprocessor_has_100_kilobytes_these_tiles_fit_in_once_or_twi
 
 
 @on_every_device
+@pytest.mark.parametrize("dtype, tile", [(torch.float32, "auto"), (torch.bfloat16, "small"),
+                                         (torch.bfloat16, "small / 2"), (torch.float16, "hopper64x64")])
+def test_a_prompt_with_more_token_tiles_than_a_band_is_right(device, dtype, tile):
+    skip_unless_possible(tile, device)
+    labels = torch.arange(2200, device=device).remainder(7).clamp(max=PAD).to(torch.uint8)
+    check_kernels(labels, 72, 40, dtype, tile)
+
+
+@on_every_device
 @on_every_dtype
 @pytest.mark.parametrize("kind", [TEXT, VISUAL, PAD])
 def test_nan_in_one_kind_of_token_and_its_expert_never_reaches_another(device, dtype, kind):
@@ -3223,7 +3232,7 @@ def test_without_the_modules_that_windows_lacks_everything_else_works(saved_mode
     asked = run_python(code, "--model", saved_model, "--prompt", "hi", "--moe=cuda", "--image", PICTURE,
                        "--max_new_tokens=2", "--stats")
     assert asked.returncode == 0 and "peak memory unknown" in asked.stdout, asked.stdout
-    assert asked.stdout.count("no cuda back end on cpu: moe_kernel.cu could not be built") == 1
+    assert asked.stdout.count("no cuda back end on cpu: moe_kernel.cu could not be built or loaded") == 1
 
 
 @pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
@@ -3253,6 +3262,7 @@ def test_two_processes_build_once_and_a_killed_build_stops_nobody(tmp_path, monk
     assert len(list(library.parent.glob("*.so"))) == 1
 
 
+CPU = torch.device("cpu")
 RESOURCES = json.loads((HERE / "assets" / "kernel_resources.json").read_text(encoding="utf-8"))
 
 
@@ -3305,10 +3315,48 @@ def test_without_a_good_nvcc_one_line_names_what_is_missing(tmp_path, monkeypatc
     assert bench.main(["resources"]) == 1 and re.search(f"^error: .*{message}", capsys.readouterr().err)
 
 
+def test_the_nvcc_in_cuda_home_is_taken_before_another_one_on_the_path(tmp_path, monkeypatch):
+    for folder in tmp_path / "old", tmp_path / "cuda/bin":
+        folder.mkdir(parents=True)
+        (folder / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/old")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert moe_kernel.nvcc_command("90a")[0] == f"{tmp_path}/old/nvcc"
+    monkeypatch.setenv("CUDA_HOME", f"{tmp_path}/cuda")
+    assert moe_kernel.nvcc_command("90a")[0] == f"{tmp_path}/cuda/bin/nvcc"
+    (tmp_path / "cuda/bin/nvcc").unlink()
+    assert moe_kernel.nvcc_command("90a")[0] == f"{tmp_path}/old/nvcc"
+
+
+def test_another_gpu_has_another_table_and_another_moe_kernel_py_another_folder(tmp_path, monkeypatch):
+    """Two GPUs may share a home. And moe_kernel.py holds the tiles that may be chosen and their checks."""
+    library = inspect.unwrap(moe_kernel.library, stop=lambda function: hasattr(function, "cache_clear"))
+    path = Path(moe_kernel.build(CPU))
+    monkeypatch.setattr(moe_kernel, "build", lambda device: str(path))
+    for name in "NVIDIA H100 80GB HBM3", "NVIDIA H200":
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        loaded = library.__wrapped__(torch.device("cuda"))
+        assert loaded.table == path.with_name(f"measured_{name.replace(' ', '_')}.json")
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for file, text in ("tiny.cu", ""), ("cuda_on_cpu.h", ""), ("moe_kernel.py", "x"):
+        (tmp_path / file).write_text(text)
+    folders = [Path(moe_kernel.build(CPU, tmp_path / "tiny.cu")).parent]
+    monkeypatch.setattr(moe_kernel, "__file__", str(tmp_path / "moe_kernel.py"))
+    folders.append(Path(moe_kernel.build(CPU, tmp_path / "tiny.cu")).parent)
+    assert folders[0] != folders[1]
+
+
+def test_where_the_kernel_cannot_be_built_its_measurement_is_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(moe_kernel, "library", lambda device: None)
+    assert moe_kernel.main() == 1
+    monkeypatch.setattr(bench, "GPU", True)
+    monkeypatch.setattr(bench, "QUICK", {})
+    assert bench.main(["all", f"--out={tmp_path}"]) == 0
+    assert "moe_kernel.cu: skipped" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- the kernel: it checks and measures itself
-
-CPU = torch.device("cpu")
-
 
 def measured_again(*arguments):
     """What a process says that has not asked before."""
@@ -3319,18 +3367,18 @@ def measured_again(*arguments):
 @pytest.fixture
 def own_table(tmp_path, monkeypatch):
     """The file of a device on which nothing has been measured, for two tiles and a split sum."""
-    monkeypatch.setattr(moe_kernel.library(CPU), "folder", tmp_path)
+    monkeypatch.setattr(moe_kernel.library(CPU), "table", tmp_path / "measured.json")
     monkeypatch.setattr(moe_kernel, "tile_configs", lambda *_: [1, 2, 201])
     return tmp_path / "measured.json"
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda y: y[-1].zero_(), lambda y: y[:, -1].fill_(math.nan), lambda y: y.mul_(1 + 2 ** -6),
-    lambda y: y.fill_(math.nan) if y.isnan().any() else y])
+    lambda y: y[::max(1, len(y) - 1)].zero_(), lambda y: y[:, -1].fill_(math.nan),
+    lambda y: y.mul_(1 + 2 ** -6), lambda y: y.fill_(math.nan) if y.isnan().any() else y])
 @pytest.mark.parametrize("function", ["moe_linear", "moe_swiglu"])
 def test_a_tile_that_is_wrong_on_this_device_is_reported_and_never_used(
         own_table, monkeypatch, function, spoil):
-    """A lost row, NaN in a column, an error of three roundings, NaN that spreads from one expert to all."""
+    """Two lost rows, NaN in a column, an error of three roundings, NaN that spreads from one expert."""
     def spoiled(name, device, *arguments, launch=moe_kernel.launch):
         launch(name, device, *arguments)
         y, tile_config = {"moe_linear": (3, -3), "moe_swiglu": (5, -1)}.get(name, (0, 0))
@@ -3342,6 +3390,49 @@ def test_a_tile_that_is_wrong_on_this_device_is_reported_and_never_used(
     assert len(warned) == 1 and all(row.keys() == {"1", "201", "torch"} for row in times.values())
 
 
+@pytest.mark.parametrize("where", ["no gather", "no scatter", "pads beside NaN"])
+def test_a_tile_is_also_checked_without_gather_without_scatter_and_at_pads(own_table, monkeypatch, where):
+    """w2 has no gather, and training has products without scatter."""
+    def spoiled(name, device, *arguments, launch=moe_kernel.launch):
+        launch(name, device, *arguments)
+        if name == "moe_linear" and arguments[-3] == 2 and len(arguments[3]):
+            y, gather, scatter, counts = arguments[3:7]
+            if where == "pads beside NaN":
+                y[counts.sum():][y[0].isnan().expand(len(y) - counts.sum(), -1)] = math.nan
+            elif (gather if where == "no gather" else scatter) is None:
+                y[-1] += 1
+    monkeypatch.setattr(moe_kernel, "launch", spoiled)
+    with pytest.warns(UserWarning, match="tile config 2 .* is wrong on cpu"):
+        measured_again(CPU, torch.bfloat16, "linear", 64, 72)
+
+
+def test_a_tile_that_cannot_be_launched_is_never_used_and_does_not_spoil_the_next_launch(
+        own_table, monkeypatch):
+    monkeypatch.setenv("CUDA_ON_CPU_SHARED_KB", "49")          # too little for small, enough for medium3
+    monkeypatch.setattr(moe_kernel, "tile_configs", lambda *_: [1, 9])
+    with pytest.warns(UserWarning, match=r"tile config 1 .* \(moe_linear: invalid argument\)") as warned:
+        times = measured_again(CPU, torch.bfloat16, "linear", 64, 72)
+    assert len(warned) == 1 and times[64].keys() == {"9", "torch"}
+
+
+@pytest.mark.parametrize("spoil", [lambda permutation, counts: counts[0].add_(1),
+                                   lambda permutation, counts: permutation.copy_(permutation.roll(1))])
+def test_a_wrong_route_is_an_error_because_every_tile_needs_it(own_table, monkeypatch, spoil):
+    def spoiled(name, device, *arguments, launch=moe_kernel.launch):
+        launch(name, device, *arguments)
+        if name == "moe_route":
+            spoil(*arguments[1:3])
+    monkeypatch.setattr(moe_kernel, "launch", spoiled)
+    with pytest.raises(RuntimeError, match="moe_route .* is wrong on cpu; please report"):
+        measured_again(CPU, torch.bfloat16, "linear", 64, 72)
+
+
+def test_measuring_does_not_change_what_is_drawn_afterwards(own_table):
+    state = torch.get_rng_state()
+    measured_again(CPU, torch.float32, "linear", 64, 72)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_what_was_measured_is_kept_until_device_or_software_change_or_its_file_is_damaged(
         own_table, monkeypatch):
     launches, launch = [], moe_kernel.launch
@@ -3349,7 +3440,9 @@ def test_what_was_measured_is_kept_until_device_or_software_change_or_its_file_i
     asked = CPU, torch.float32, "linear", 64, 72
     times, text = measured_again(*asked), own_table.read_text()
     for other in (b"", b"null", b"[1]", text.encode()[:-9], text.replace('"torch":', '"x":').encode(),
-                  text.replace('"driver": 0', '"driver": 1').encode(), b'{"faults": 1}'):
+                  text.replace('"driver": 0', '"driver": 1').encode(), b'{"faults": 1}',
+                  re.sub('"microseconds": .*', '"microseconds": {"linear 64 to 72 torch.float32": {}}}', text,
+                         flags=re.DOTALL).encode()):
         launches.clear()
         assert measured_again(*asked) == times and not launches
         own_table.write_bytes(other)
@@ -3358,14 +3451,14 @@ def test_what_was_measured_is_kept_until_device_or_software_change_or_its_file_i
     for product in "swiglu", "w2":                 # they join, and do not replace the first
         measured_again(CPU, torch.float32, product, 72, 64)
     assert len(json.loads(own_table.read_text())["microseconds"]) == 3
-    monkeypatch.setattr(moe_kernel.library(CPU), "folder", Path("/proc/no such folder"))
+    monkeypatch.setattr(moe_kernel.library(CPU), "table", Path("/proc/no such folder/measured.json"))
     assert measured_again(*asked).keys() == {64}, "where nothing can be kept, it is measured again"
 
 
 @pytest.mark.slow
 def test_two_processes_measure_once(tmp_path):
     code = ("import pathlib, sys, torch, moe_kernel\nd = torch.device('cpu')\n"
-            "moe_kernel.library(d).folder = pathlib.Path(sys.argv[1])\n"
+            "moe_kernel.library(d).table = pathlib.Path(sys.argv[1], 'measured.json')\n"
             "print(moe_kernel.measured(d, torch.float32, 'swiglu', 64, 72))")
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: run_python(code, tmp_path, PYTHONWARNINGS="ignore"), range(2)))
@@ -3373,12 +3466,16 @@ def test_two_processes_measure_once(tmp_path):
 
 
 @pytest.mark.parametrize("major, minor, kilobytes, made_for_it", [
-    (8, 0, 164, set()), (8, 9, 100, {9, 10}), (9, 0, 228, {5, 6, 7, 8}), (12, 0, 100, {9, 10})])
+    (7, 5, 64, None), (8, 0, 164, set()), (8, 9, 100, {9, 10}), (9, 0, 228, {5, 6, 7, 8}),
+    (12, 0, 100, {9, 10})])
 def test_a_gpu_measures_the_tiles_that_were_made_for_it(monkeypatch, major, minor, kilobytes, made_for_it):
     gpu = SimpleNamespace(major=major, minor=minor, shared_memory_per_multiprocessor=kilobytes << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     for product in "linear", "swiglu", "w2":
         tiles = {*moe_kernel.tile_configs(torch.device("cuda"), torch.bfloat16, product)}
+        if made_for_it is None:                    # bfloat16 needs compute capability 8.0
+            assert not tiles
+            continue
         assert tiles & {*range(5, 11)} == made_for_it and {1, 2, 3} <= tiles
         assert any(t > moe_kernel.SPLIT for t in tiles) == (product != "swiglu")
 
@@ -3388,6 +3485,7 @@ def test_the_fastest_tile_and_back_end_of_the_nearest_size_are_chosen(monkeypatc
              4096: {"torch": 1.0}}
     monkeypatch.setattr(moe_kernel, "measured", lambda *_: times)
     monkeypatch.setattr(moe_kernel, "library", lambda device: object())
+    monkeypatch.setattr(moe_kernel, "tile_configs", lambda *_: [1, 2])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(moe_kernel, "_fastest", moe_kernel._fastest.__wrapped__)
     gpu, bf16, products = torch.device("cuda"), torch.bfloat16, [("linear", 64, 72), ("swiglu", 64, 72)]
@@ -3401,11 +3499,51 @@ def test_the_fastest_tile_and_back_end_of_the_nearest_size_are_chosen(monkeypatc
     assert moe_kernel.fastest_back_end(gpu, torch.float64, 64, products) == "torch"
 
 
+@pytest.mark.parametrize("major, dtype, width", [(7, torch.bfloat16, 64), (9, torch.bfloat16, 60)])
+def test_auto_is_torch_where_the_kernel_cannot_run_and_nothing_is_built(monkeypatch, major, dtype, width):
+    gpu = SimpleNamespace(major=major, minor=0, shared_memory_per_multiprocessor=228 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(moe_kernel, "library", None)
+    products = [("swiglu", 64, width)]
+    assert moe_kernel.fastest_back_end(torch.device("cuda"), dtype, 64, products) == "torch"
+
+
+def test_where_measuring_fails_auto_is_torch_and_one_line_says_why_once(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("moe_route: CUDA driver version is insufficient for CUDA runtime version\nmore")
+    monkeypatch.setattr(moe_kernel, "measured", broken)
+    monkeypatch.setattr(moe_kernel, "library", lambda device: SimpleNamespace(device_name="a GPU"))
+    monkeypatch.setattr(moe_kernel, "tile_configs", lambda *_: [1])
+    monkeypatch.setattr(moe_kernel, "FAILED", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    asked = torch.device("cuda"), torch.bfloat16, 64, [("linear", 640, 72)]
+    with pytest.warns(UserWarning, match="torch back end is .* on a GPU .moe_route: CUDA driver") as warned:
+        assert {moe_kernel.fastest_back_end(*asked) for _ in range(3)} == {"torch"}
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+
+
+def test_while_a_graph_is_captured_the_tile_comes_from_the_file_or_not_at_all(tmp_path, monkeypatch):
+    """Nothing can be measured then, and a tile that nobody checked may be wrong."""
+    loaded = SimpleNamespace(table=tmp_path / "a.json", device_name="a GPU", moe_driver_version=lambda: 13)
+    monkeypatch.setattr(moe_kernel, "library", lambda device: loaded)
+    monkeypatch.setattr(moe_kernel, "MEASURED", {})
+    monkeypatch.setattr(moe_kernel, "_fastest", moe_kernel._fastest.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    asked = torch.device("cuda"), torch.bfloat16, "linear", 64, 72
+    with pytest.raises(RuntimeError, match="^.*run the model once before capturing.*$"):
+        moe_kernel.best_tile(*asked, tokens=64)
+    loaded.table.write_text(json.dumps({
+        "device": "a GPU", "driver": 13, "torch": torch.__version__, "faults": {"torch.bfloat16": {}},
+        "microseconds": {"linear 64 to 72 torch.bfloat16": {"64": {"1": 3.0, "2": 2.0, "torch": 1.0}}}}))
+    assert moe_kernel.best_tile(*asked, tokens=64) == 2
+
+
 # ---------------------------------------------------------------- the kernel: do the checks bite?
 
 def check_build(path):
     """What a sanitized or sabotaged build of moe_kernel.cu is put to: both experts with boundary tiles and
-    tails, more steps along K than pipeline stages, and tiles of pads alone, in every dtype and tile shape."""
+    tails, more steps along K than pipeline stages, and tiles of pads alone, in every dtype and tile shape;
+    and once more token tiles than a band has."""
     faulthandler.disable()
     torch.set_num_threads(1)
     library = ctypes.CDLL(str(path))
@@ -3421,6 +3559,7 @@ def check_build(path):
             check_kernels(torch.tensor(labels, dtype=torch.uint8), 456, 72, dtype, tile, *options)
         check_weight_gradients(70, 130, 3, 136, 72, torch.bfloat16)
         check_kernels(torch.tensor(mixed[:70], dtype=torch.uint8), 584, 40, torch.float16, "small / 2")
+    check_kernels(torch.tensor(mixed * 16, dtype=torch.uint8), 8, 8, torch.float32)        # two bands
 
 
 def run_python(code, *arguments, **environment):
@@ -3508,6 +3647,7 @@ PLANTED_BUGS = {                                   # name: what stands in moe_ke
                                   "        auto load = [](int) {};"),
     "rows off by one": ("tokens.begin + row + i", "tokens.begin + 1 + row + i"),
     "the wrong expert at the boundary tile": ("token_tile < num_text_tiles", "token_tile <= num_text_tiles"),
+    "a token tile between two bands is left out": ("splits * BAND", "splits * (BAND + 1)"),
     "a column past the tail": ("if (column >= p.out_features) ret", "if (column > p.out_features) ret"),
     "numbers past the tail of K": ("source != nullptr && k < in_features;", "source != nullptr;"),
     "a misaligned slot": ("(chunk ^ row % 8 / ROWS_PER_128_BYTES) * 8;",
