@@ -4502,8 +4502,11 @@ def test_real_pictures_compare_each_variant_at_three_learning_rates_and_the_comp
         json.loads((out / "results.json").read_text()) | {"rows": rows[:-1]}))
     capsys.readouterr()
     assert ablation.main(command) == 0
-    assert capsys.readouterr().out.count("learning rate") == 1
-    again = json.loads((out / "results.json").read_text())["rows"]
+    printed, again = capsys.readouterr().out, json.loads((out / "results.json").read_text())["rows"]
+    assert printed.count(", learning rate ") == 1, "only what was missing is trained"
+    for name in ablation.VARIANTS:                 # the table shows the best learning rate of each
+        best = min((row for row in again if row["variant"] == name), key=lambda row: row["caption loss"][-1])
+        assert f"| {name} | {best['lr']:g} |" in printed
     assert ablation.main([*command, "--things=5"]) == 1
     assert "--things 5, expected at least 6" in capsys.readouterr().err
     assert again[:-1] == rows[:-1] and again[-1]["text after"] == rows[-1]["text after"]
