@@ -441,14 +441,13 @@ def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     multiplies each expert's own rows alone. In bfloat16 on Hopper torch's grouped product does, which uses
     wgmma and does not ask the host for the counts there. In float32, all rows are multiplied twice."""
     grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)          # since torch 2.10
-    if not len(x) or x.dtype == torch.float32:
-        pass
-    elif x.device.type == "cpu":
-        return _launch_weight_gradients(dy, x, counts)
-    elif grouped_mm and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9:
-        return grouped_mm(dy.contiguous().T, x.contiguous(), offs=counts.cumsum(0, dtype=torch.int32))
-    elif not torch.cuda.is_current_stream_capturing() and _gradient_is_right(x.device, x.dtype):
-        return _launch_weight_gradients(dy, x, counts)
+    if len(x) and x.dtype != torch.float32:
+        if x.device.type == "cpu":
+            return _launch_weight_gradients(dy, x, counts)
+        if grouped_mm and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9:
+            return grouped_mm(dy.contiguous().T, x.contiguous(), offs=counts.cumsum(0, dtype=torch.int32))
+        if not torch.cuda.is_current_stream_capturing() and _gradient_is_right(x.device, x.dtype):
+            return _launch_weight_gradients(dy, x, counts)
     return torch.stack([_one_weight_gradient(dy, x, counts, expert) for expert in range(2)])
 
 
