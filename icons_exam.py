@@ -5,6 +5,7 @@ pictures, answered by a greedy answer or by the likeliest option; accuracy per f
 countries, where knowledge and sight meet; the report.
 """
 import random
+import re
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -121,6 +122,11 @@ def ask_capitals(model: MonoInternVL, tok: Tokenizer, folder: Path) -> list[dict
             for row, a, b, c, d in zip(rows, in_text, seen, named, then, strict=True)]
 
 
+def says(text: str, name: str) -> bool:
+    """Does the text hold this name as words of its own? "Rabatel" is not "Rabat"."""
+    return re.search(rf"\b{re.escape(name)}\b", text) is not None
+
+
 def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: torch.dtype,
                  most: int) -> dict:
     """Measures a run of the preset icons: the loss and answers in text after each stage, and what the last
@@ -138,13 +144,14 @@ def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: t
             report["answers"][stage] = ask_icons(model, tok, rows, max_new_tokens=64)
     report["tasks"], examples = icons_accuracy(model, tok, data, most)
     report["capitals"] = ask_capitals(model, tok, data)
-    known = [row for row in report["capitals"] if row["capital"] in row["in text"]]
+    known = [row for row in report["capitals"] if says(row["in text"], row["capital"])]
     print("\nloss on English documentation after", ", ".join(
         f"{stage} {loss:.3f}" for stage, loss in report["text loss"].items()))
     print_table(report["tasks"])
-    print(f"{len(known)} of {len(report['capitals'])} capitals are known in text; of them, "
-          f"{sum(row['capital'] in row['seeing the flag'] for row in known)} are said in front of the flag, "
-          f"and {sum(row['capital'] in row['capital then'] for row in known)} once the flag has been named")
+    at_once, then = (sum(says(row[answer], row["capital"]) for row in known)
+                     for answer in ("seeing the flag", "capital then"))
+    print(f"{len(known)} of {len(report['capitals'])} capitals are known in text; of them, {at_once} are said in "
+          f"front of the flag, and {then} once the flag has been named")
     drawn = next(picture for picture in Pictures(data).pictures if picture["hand"] == TEST_HAND)
     plot_predictions(random.Random(0).sample(examples, min(20, len(examples))), run / "predictions.png",
                      "Drawings: {hand} by {author}, {licence}".format(**drawn))
