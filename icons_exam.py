@@ -150,8 +150,8 @@ def icons_report(run: Path, data: Path, stages: list[str], device: str, dtype: t
     print_table(report["tasks"])
     at_once, then = (sum(says(row[answer], row["capital"]) for row in known)
                      for answer in ("seeing the flag", "capital then"))
-    print(f"{len(known)} of {len(report['capitals'])} capitals are known in text; of them, {at_once} are said "
-          f"in front of the flag, and {then} once the flag has been named")
+    print(f"{len(known)} of {len(report['capitals'])} capitals are known in text; of them, {at_once} are "
+          f"said in front of the flag, and {then} once the flag has been named")
     drawn = next(picture for picture in Pictures(data).pictures if picture["hand"] == TEST_HAND)
     plot_predictions(random.Random(0).sample(examples, min(20, len(examples))), run / "predictions.png",
                      "Drawings: {hand} by {author}, {licence}".format(**drawn))
