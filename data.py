@@ -38,8 +38,9 @@ ImageFile = str | Path | io.BytesIO | Image.Image
 IGNORED = -100                                     # the label of a token without loss
 # "You are a multimodal model by Shanghai AI Laboratory and SenseTime, InternVL in English, a useful and
 # harmless AI assistant." The official models were trained with this system message.
-SYSTEM_MESSAGE = ("你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
-                  "是一个有用无害的人工智能助手。")
+SYSTEM_MESSAGE = ("你是由上海人工智能实验室联合商汤科技"
+                  "开发的书生多模态大模型，"
+                  "英文名叫InternVL, 是一个有用无害的人工智能助手。")
 
 # ---------------------------------------------------------------- tokenizer
 
