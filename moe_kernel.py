@@ -438,8 +438,8 @@ def _gradient_is_right(device: torch.device, dtype: torch.dtype) -> bool:
 @torch.library.custom_op("mono_internvl::moe_weight_gradients", mutates_args=())
 def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
     """dW (2, M, K) of both experts; dy (N, M), x (N, K) in permuted order. In 16 bits, weight_gradient_kernel
-    multiplies each expert's own rows alone. In bfloat16 on Hopper torch's grouped product does, which uses
-    wgmma and does not ask the host for the counts there. In float32, all rows are multiplied twice."""
+    multiplies each expert's own rows alone. In bfloat16 on Hopper, torch's grouped product does the same: it
+    uses wgmma and reads the counts on the device. In float32, all rows are multiplied for both experts."""
     grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)          # since torch 2.10
     if len(x) and x.dtype != torch.float32:
         if x.device.type == "cpu":
