@@ -508,10 +508,9 @@ __global__ void __launch_bounds__(F32_THREADS) gemm_fp32_kernel(const Problem<fl
 
 // ---------------------------------------------------------------- the gradient of the weights
 
-// Training needs dw_e = dy_e^T · x_e for both experts: the gradient of a weight is a sum over the tokens of
-// its expert. dy and x are in permuted order, so these tokens are consecutive rows, and the counts say where
-// they begin and end. A block computes GRAD_B x GRAD_B weights of the expert that the z index names. Along
-// the sum it loads GRAD_TOKENS rows of dy and of x at a time, into a ring of stages as in gemm_kernel. A row
+// Training needs dw_e = dy_e^T · x_e for each expert that learns: the gradient of a weight is a sum over the
+// tokens of its expert. dy and x are in permuted order, so these tokens are consecutive rows, and the counts
+// say where they begin and end. A block computes GRAD_B x GRAD_B weights of one expert. Along the sum it loads GRAD_TOKENS rows of dy and of x at a time, into a ring of stages as in gemm_kernel. A row
 // in shared memory is a token, but mma sums along the rows of A, so ldmatrix transposes what it loads. A row
 // has 16 chunks, and chunk c of row r is stored as c ^ (r % 8): so 8 rows of a chunk are in different banks.
 constexpr int GRAD_B = 128, GRAD_TOKENS = 32, GRAD_STAGES = 3;
@@ -521,8 +520,8 @@ constexpr int GRAD_SHARED_BYTES = GRAD_STAGES * GRAD_STAGE_SIZE * 2;
 template <typename T>
 __global__ void __launch_bounds__(GRAD_THREADS)
 weight_gradient_kernel(const T* dy, const T* x, T* dw, const int64_t* counts, int out_features,
-                       int in_features) {
-    const bool visual = blockIdx.z == VISUAL;
+                       int in_features, int first_expert) {
+    const bool visual = first_expert + blockIdx.z == VISUAL;
     const int first_row = blockIdx.x * GRAD_B, first_column = blockIdx.y * GRAD_B;  // of dw
     const int64_t first_token = visual ? counts[TEXT] : 0;
     const int num_tokens = int(counts[visual]), num_tiles = (num_tokens + GRAD_TOKENS - 1) / GRAD_TOKENS;
@@ -731,21 +730,24 @@ extern "C" int moe_swiglu(const void* x, const void* w1_text, const void* w3_tex
 }
 template <typename T>
 static int launch_weight_gradients(const void* dy, const void* x, void* dw, const int64_t* counts,
-                                   int out_features, int in_features, cudaStream_t stream) {
+                                   int out_features, int in_features, int first_expert, int num_experts,
+                                   cudaStream_t stream) {
     const auto kernel = weight_gradient_kernel<T>;
-    const dim3 grid(div_up(out_features, GRAD_B), div_up(in_features, GRAD_B), 2);
+    const dim3 grid(div_up(out_features, GRAD_B), div_up(in_features, GRAD_B), num_experts);
     LAUNCH(kernel, grid, GRAD_THREADS, GRAD_SHARED_BYTES, stream, static_cast<const T*>(dy),
-           static_cast<const T*>(x), static_cast<T*>(dw), counts, out_features, in_features);
+           static_cast<const T*>(x), static_cast<T*>(dw), counts, out_features, in_features, first_expert);
     return cudaGetLastError();
 }
-// dy (tokens, out_features) and x (tokens, in_features) are in permuted order, and dw is (2, out_features,
-// in_features). dtype is not FLOAT32.
+// dy (tokens, out_features) and x (tokens, in_features) are in permuted order, and dw is (num_experts,
+// out_features, in_features), for first_expert and the one after it. dtype is not FLOAT32.
 extern "C" int moe_weight_gradients(const void* dy, const void* x, void* dw, const int64_t* counts,
-                                    int out_features, int in_features, int dtype, cudaStream_t stream) {
+                                    int out_features, int in_features, int first_expert, int num_experts,
+                                    int dtype, cudaStream_t stream) {
     const auto launch = dtype == BFLOAT16 ? launch_weight_gradients<__nv_bfloat16>
                                           : launch_weight_gradients<__half>;
     return dtype == FLOAT32 ? cudaErrorInvalidValue
-                            : launch(dy, x, dw, counts, out_features, in_features, stream);
+                            : launch(dy, x, dw, counts, out_features, in_features, first_expert,
+                                     num_experts, stream);
 }
 extern "C" int moe_driver_version() {
     int version = 0;

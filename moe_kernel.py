@@ -411,10 +411,10 @@ def _one_weight_gradient(dy: Tensor, x: Tensor, counts: Tensor, expert: int) -> 
     return torch.where(rows, dy, 0).T @ torch.where(rows, x, 0)
 
 
-def _launch_weight_gradients(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    dw = x.new_empty(2, dy.shape[1], x.shape[1])
+def _launch_weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, experts: list[int]) -> Tensor:
+    dw = x.new_empty(len(experts), dy.shape[1], x.shape[1])
     launch("moe_weight_gradients", x.device, *map(_aligned, (dy, x)), dw, _aligned(counts), *dw.shape[1:],
-           DTYPES[x.dtype])
+           experts[0], len(experts), DTYPES[x.dtype])
     return dw
 
 
@@ -426,7 +426,7 @@ def _gradient_is_right(device: torch.device, dtype: torch.dtype) -> bool:
         dy, x = (torch.randn(n, size, generator=generator).to(device, dtype) for size in (m, k))
         counts = torch.tensor([n // 3, n // 2], device=device)             # the others are pads
         dy[n // 3 + n // 2:] = x[n // 3 + n // 2:] = torch.nan
-        dw = _launch_weight_gradients(dy, x, counts)
+        dw = _launch_weight_gradients(dy, x, counts, [0, 1])
         right = torch.stack([_one_weight_gradient(dy.float(), x.float(), counts, e) for e in range(2)])
         if not torch.allclose(dw.float(), right, rtol=torch.finfo(dtype).eps, atol=1e-3):
             warnings.warn(f"weight_gradient_kernel of moe_kernel.cu is wrong on {device} in {dtype} ({n} "
@@ -436,22 +436,26 @@ def _gradient_is_right(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.library.custom_op("mono_internvl::moe_weight_gradients", mutates_args=())
-def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    """dW (2, M, K) of both experts; dy (N, M), x (N, K) in permuted order. In 16 bits, weight_gradient_kernel
-    multiplies each expert's own rows alone. In bfloat16 on Hopper, torch's grouped product does the same: it
-    uses wgmma and reads the counts on the device. In float32, all rows are multiplied for both experts."""
+def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, experts: list[int]) -> Tensor:
+    """dW (len(experts), M, K) of the experts [0], [1] or [0, 1]; dy (N, M), x (N, K) in permuted order. In 16
+    bits, weight_gradient_kernel multiplies each expert's own rows alone. In bfloat16 on Hopper, torch's
+    grouped product uses wgmma and reads the counts on the device. It makes both gradients even if one is
+    asked for: most tokens are visual, and so is the expert that learns alone. In float32, all rows are
+    multiplied for each expert."""
     grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)          # since torch 2.10
     if len(x) and x.dtype != torch.float32:
         if x.device.type == "cpu":
-            return _launch_weight_gradients(dy, x, counts)
+            return _launch_weight_gradients(dy, x, counts, experts)
         if grouped_mm and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9:
-            return grouped_mm(dy.contiguous().T, x.contiguous(), offs=counts.cumsum(0, dtype=torch.int32))
+            both = grouped_mm(dy.contiguous().T, x.contiguous(), offs=counts.cumsum(0, dtype=torch.int32))
+            return both.narrow(0, experts[0], len(experts))
         if not torch.cuda.is_current_stream_capturing() and _gradient_is_right(x.device, x.dtype):
-            return _launch_weight_gradients(dy, x, counts)
-    return torch.stack([_one_weight_gradient(dy, x, counts, expert) for expert in range(2)])
+            return _launch_weight_gradients(dy, x, counts, experts)
+    return torch.stack([_one_weight_gradient(dy, x, counts, expert) for expert in experts])
 
 
-_weight_gradients.register_fake(lambda dy, x, counts: x.new_empty(2, dy.shape[1], x.shape[1]))
+_weight_gradients.register_fake(
+    lambda dy, x, counts, experts: x.new_empty(len(experts), dy.shape[1], x.shape[1]))
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -461,16 +465,14 @@ def _save_for_backward(ctx, inputs, output):
 
 def _linear_backward(ctx, dy):
     x, w_text, w_visual, permutation, counts = ctx.saved_tensors
-    dx, dw, need = None, (None, None), ctx.needs_input_grad
+    dx, dw, need = None, [None, None], ctx.needs_input_grad
     if need[0]:      # the same routed product with transposed weights; gather and scatter change places
         dx = _linear(dy, w_text.T, w_visual.T, permutation, counts, ctx.scatter, ctx.gather, 0)
-    if need[1] or need[2]:
+    if learning := [expert for expert in range(2) if need[1 + expert]]:    # in S1, the visual expert alone
         dy_routed, x_routed = dy[permutation] if ctx.scatter else dy, x[permutation] if ctx.gather else x
-        if need[1] and need[2]:
-            dw = _weight_gradients(dy_routed, x_routed, counts).unbind()
-        else:        # one expert learns alone, as in S1; most tokens are visual, so few rows are in vain
-            dw = [_one_weight_gradient(dy_routed, x_routed, counts, expert) if need[1 + expert] else None
-                  for expert in range(2)]
+        for expert, gradient in zip(learning, _weight_gradients(dy_routed, x_routed, counts, learning),
+                                    strict=True):
+            dw[expert] = gradient
     return dx, *dw, None, None, None, None, None
 
 

@@ -3091,8 +3091,10 @@ def check_weight_gradients(num_text, num_visual, pads, m, k, dtype, device="cpu"
                            device=device)
     dy[num_text + num_visual:] = x[num_text + num_visual:] = torch.nan
     counts = torch.tensor([num_text, num_visual], device=device)
-    dw = moe_kernel._launch_weight_gradients(dy, x, counts)
-    assert torch.equal(dw, moe_kernel._launch_weight_gradients(dy, x, counts)), "always the same bits"
+    dw = moe_kernel._launch_weight_gradients(dy, x, counts, [0, 1])
+    for experts in [0], [1], [0, 1]:
+        alone = moe_kernel._launch_weight_gradients(dy, x, counts, experts)
+        assert torch.equal(alone, dw[experts]), "always the same bits, alone or together"
     for expert, rows in enumerate((slice(num_text), slice(num_text, num_text + num_visual))):
         right = dy[rows].double().T @ x[rows].double()
         assert_close(dw[expert].double(), right, rtol=torch.finfo(dtype).eps, atol=1e-4)
@@ -3111,13 +3113,14 @@ def test_weight_gradients_are_sums_over_each_experts_own_tokens(device, num_text
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch before 2.10")
+@pytest.mark.parametrize("experts", [[0], [1], [0, 1]])
 @pytest.mark.parametrize("dtype, capability, capturing, is_right, way", [
     (torch.bfloat16, 9, True, False, "grouped"), (torch.float16, 9, False, True, "kernel"),
     (torch.bfloat16, 8, False, True, "kernel"), (torch.bfloat16, 10, False, True, "kernel"),
     (torch.bfloat16, 8, False, False, "all rows"), (torch.float16, 9, True, True, "all rows"),
     (torch.float32, 9, False, True, "all rows")])
 def test_how_a_gpu_computes_weight_gradients_without_the_host(monkeypatch, dtype, capability, capturing,
-                                                              is_right, way):
+                                                              is_right, way, experts):
     """Fake tensors hold no numbers, so whoever asks the host for one fails."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     ways = []
@@ -3130,8 +3133,8 @@ def test_how_a_gpu_computes_weight_gradients_without_the_host(monkeypatch, dtype
     with FakeTensorMode(), unittest.mock.patch.object(F, "grouped_mm", wraps=F.grouped_mm) as product:
         dy, x, counts = (torch.empty(size, device="cuda", dtype=dtype) for size in ((72, 24), (72, 40), 2))
         monkeypatch.setattr(moe_kernel, "_aligned", lambda tensor: tensor)
-        result = moe_kernel._weight_gradients._init_fn(dy, x, counts.long())
-        assert result.shape == (2, 24, 40) and result.dtype == dtype and result.is_cuda
+        result = moe_kernel._weight_gradients._init_fn(dy, x, counts.long(), experts)
+        assert result.shape == (len(experts), 24, 40) and result.dtype == dtype and result.is_cuda
     assert {*ways, *["grouped"] * product.called} == {way}
 
 
@@ -3161,7 +3164,7 @@ def test_operators_pass_opcheck(device, n, dtype):
                              (OPERATORS.moe_swiglu, (*(t.detach() for t in tensors), *routed, 0)),
                              (OPERATORS.moe_linear, (x, w[0], w[1], *routed, True, True, 0)),
                              (OPERATORS.moe_linear, (x, w[0].detach(), w[1], *routed, False, True, 0)),
-                             (OPERATORS.moe_weight_gradients, (x.detach(), x.detach(), routed[1]))):
+                             (OPERATORS.moe_weight_gradients, (x.detach(), x.detach(), routed[1], [1]))):
         torch.library.opcheck(operator.default, inputs)
 
 
