@@ -101,7 +101,8 @@ def icons_accuracy(model: MonoInternVL, tok: Tokenizer, folder: Path, most: int)
 
 def ask_capitals(model: MonoInternVL, tok: Tokenizer, folder: Path) -> list[dict]:
     """What the model says about the capitals of countries: asked in text alone; about a picture of the flag;
-    and about it in two turns, first for its name. It was never trained on capitals with pictures."""
+    about it in two turns, first for its name; and the second turn again, with a blank picture and the same
+    name in the first. It was never trained on capitals with pictures."""
     pictures, capitals = Pictures(folder, "test"), read_json(Path(__file__).with_name("assets")
                                                              / "capitals.json")
     flags = [(thing, sources[0]) for thing, sources in pictures.drawings.items()
@@ -115,11 +116,12 @@ def ask_capitals(model: MonoInternVL, tok: Tokenizer, folder: Path) -> list[dict
                                   for row in rows])
     rows = [row | {"question": "What is this?"} for row in rows]
     named = ask_icons(model, tok, rows)
-    then = ask_icons(model, tok, [row | {"then": (name, "What is the capital of this country?")}
-                                  for row, name in zip(rows, named, strict=True)])
+    rows = [row | {"then": (name, "What is the capital of this country?")}
+            for row, name in zip(rows, named, strict=True)]
+    then, then_blank = (ask_icons(model, tok, rows, show) for show in (lambda image: image, blank))
     return [{"country": row["country"], "capital": row["capital"], "in text": a, "seeing the flag": b,
-             "flag named": c, "capital then": d}
-            for row, a, b, c, d in zip(rows, in_text, seen, named, then, strict=True)]
+             "flag named": c, "capital then": d, "capital then, blank picture": e}
+            for row, a, b, c, d, e in zip(rows, in_text, seen, named, then, then_blank, strict=True)]
 
 
 def says(text: str, name: str) -> bool:

@@ -4479,9 +4479,14 @@ def test_a_language_model_learns_real_pictures_through_all_stages_and_its_text_i
         assert ("You are Smol." in tok.decode(ids)) == (stage == "S2")
     asked = []
     monkeypatch.setattr(icons_exam, "greedy_answers", lambda model, tok, samples, n: [
-        asked.append(tok.decode(sample["input_ids"])) or tok.encode("flag of Chad") for sample in samples])
-    assert icons_exam.ask_capitals(model, tok, icon_folder)[0]["flag named"] == "flag of Chad"
-    assert re.search(r"What is this\?.*assistant\s+flag of Chad.*user\s+What is the cap", asked[-1], re.S)
+        asked.append(sample) or tok.encode("flag of Chad") for sample in samples])
+    rows = icons_exam.ask_capitals(model, tok, icon_folder)
+    assert rows[0]["flag named"] == "flag of Chad"
+    with_picture, with_blank = asked[-2 * len(rows)], asked[-len(rows)]
+    assert torch.equal(with_picture["input_ids"], with_blank["input_ids"])
+    assert re.search(r"What is this\?.*assistant\s+flag of Chad.*user\s+What is the cap",
+                     tok.decode(with_blank["input_ids"]), re.S)
+    assert len(with_picture["pixel_values"].unique()) > 1 == len(with_blank["pixel_values"].unique())
     (icon_folder / "chats.json").write_text('{"chats": []}')
     with pytest.raises(InputError, match="more --chats"):
         icons.Icons(icon_folder, "S2", tok, model.config)
@@ -5006,7 +5011,7 @@ def test_own_data_is_read_three_times_and_bad_samples_are_left_out_and_named(les
              "--max_tokens=5000", *FEW]
     assert train_evip.main([*flags, "--max_bad=0.5"]) == 0
     said = capsys.readouterr()
-    assert "S2 learns from 18 samples: 6 of signs, 12 of more; 27 steps draw 54: 3 epochs" in said.out
+    assert "S2 learns from 18 samples: 6 of signs, 12 of more; 27 step(s) of 2 are 3 epochs" in said.out
     assert len(steps_logged(out)) == 27 and re.search("S2: 6 of [0-9]+ samples were bad and left", said.out)
     damaged, long = sorted({e["error"] for e in events_of(out) if e.get("event") == "bad sample"})
     assert "lines.jsonl:1" in damaged and "bad.png" in damaged and damaged in said.err

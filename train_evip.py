@@ -732,7 +732,7 @@ def load_data(stage: Stage, tok: Tokenizer, config: MonoInternVLConfig, flags: F
     steps = flags.steps or stage.steps
     say(f"{stage.name} learns from {len(dataset)} samples: "
         + ", ".join(f"{len(d)} of {d.task}" for d in dataset.datasets)
-        + f"; {steps} steps draw {batch * steps}: {batch * steps / len(dataset):.3g} epochs")
+        + f"; {steps} step(s) of {batch} are {batch * steps / len(dataset):.3g} epochs")
     return dataset, stage
 
 
