@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         if flags.data is None:
             print(ablation_table(ablation(own, flags.seeds)))
         else:
-            own = replace(own, preset="icons", data=flags.data, init_from=f"{flags.data}/llm", pool=1,
+            own = replace(own, preset="icons", data=flags.data, init_from=f"{flags.data}/llm",
                           batch_size=16, steps=flags.steps or 400)
             print(ablation_table(icon_ablation(own, flags.things, flags.seeds)))
     except InputError as e:

