@@ -49,7 +49,7 @@ class Flags:
     prompt: str | None = flag(None, "the question; it may place the images with <image> marks (None: chat)")
     system: str | None = flag(None, "system message, for conversations without one (None: the checkpoint's)")
     draw: str | None = flag(None, "PNG file: the image of --prompt with the boxes that the answer names")
-    input: str | None = flag(None, "a JSONL file of questions; needs --output")
+    input: str | None = flag(None, 'JSONL file, one {"image": FILE, "question": TEXT} a line; needs --output')
     output: str | None = flag(None, "JSONL file for the answers, in the order of the questions; that of an "
                               "interrupted run is continued, a pipe or device gets all answers at the end")
     image_root: str | None = flag(None, "folder of the images that --input names (None: that of --input)")
