@@ -727,6 +727,7 @@ def report() -> int:
     if not Path("assets/results.md").exists():
         raise InputError("there is no assets/results.md: run this in the folder of the project")
     runs = [read_json(f"assets/results_seed{seed}.json") for seed in (0, 1)]
+    icons = [read_json(f"assets/{name}.json") for name in ("icons", "icons_seed1")]
     ablations, timed = read_json("assets/ablation.json"), "`{command}` on {hardware}, torch {torch}, {clock}"
     values = {
         "torch": runs[0]["torch"], "seconds": f"{runs[0]['seconds']:.0f}",
@@ -739,6 +740,11 @@ def report() -> int:
         "icons": tables_of("icons.json", "`{command}`, {hardware}, torch {torch}", lambda result: table([
             {"questions": name, "number": row["n"], "right": f"{row['accuracy']:.1%}",
              "blank picture": f"{row['blank']:.1%}"} for name, row in result["tasks"].items()])),
+        "icon_seeds": table([{
+            "questions": name, "number": row["n"],
+            **{f"seed {run['seed']}": f"{run['tasks after S1.2'][name]['accuracy']:.1%}" for run in icons},
+            "blank picture (seed 1)": f"{row['blank']:.1%}"}
+            for name, row in icons[1]["tasks after S1.2"].items()]),
         "ablation_torch": ablations["torch"], "ablation": ablation_table(ablations),
         "icon_ablation": tables_of("ablation_icons.json", "`{command}`, {hardware}, torch {torch}",
                                    ablation_table),

@@ -2830,7 +2830,8 @@ def test_one_command_measures_everything_and_the_report_shows_it(tmp_path, monke
     monkeypatch.setattr(bench, "QUICK", {name: SHORT[f"bench.py {name}"] for name in bench.QUICK})
     monkeypatch.chdir(tmp_path)
     assert bench.main(["all", "--quick", "--out=assets"]) == 0
-    for name in ("results.md", "results_seed0.json", "results_seed1.json", "ablation.json"):
+    for name in ("results.md", "results_seed0.json", "results_seed1.json", "ablation.json", "icons.json",
+                 "icons_seed1.json"):
         shutil.copy(HERE / "assets" / name, "assets")
     assert bench.main(["report"]) == 0
     report = Path("RESULTS.md").read_text(encoding="utf-8")
