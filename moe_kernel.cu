@@ -510,9 +510,10 @@ __global__ void __launch_bounds__(F32_THREADS) gemm_fp32_kernel(const Problem<fl
 
 // Training needs dw_e = dy_e^T · x_e for each expert that learns: the gradient of a weight is a sum over the
 // tokens of its expert. dy and x are in permuted order, so these tokens are consecutive rows, and the counts
-// say where they begin and end. A block computes GRAD_B x GRAD_B weights of one expert. Along the sum it loads GRAD_TOKENS rows of dy and of x at a time, into a ring of stages as in gemm_kernel. A row
-// in shared memory is a token, but mma sums along the rows of A, so ldmatrix transposes what it loads. A row
-// has 16 chunks, and chunk c of row r is stored as c ^ (r % 8): so 8 rows of a chunk are in different banks.
+// say where they begin and end. A block computes GRAD_B x GRAD_B weights of one expert. Along the sum it
+// loads GRAD_TOKENS rows of dy and of x at a time, into a ring of stages as in gemm_kernel. A row in shared
+// memory is a token, but mma sums along the rows of A, so ldmatrix transposes what it loads. A row has 16
+// chunks, and chunk c of row r is stored as c ^ (r % 8): so 8 rows of a chunk are in different banks.
 constexpr int GRAD_B = 128, GRAD_TOKENS = 32, GRAD_STAGES = 3;
 constexpr int GRAD_THREADS = 128;  // 2 x 2 warps, each for 64 x 64 weights
 constexpr int GRAD_STAGE_SIZE = 2 * GRAD_TOKENS * GRAD_B;
