@@ -63,12 +63,12 @@ def train_variant(change: dict, llm: MonoInternVL, tok: Tokenizer, train, stages
                            if name.startswith("language_model") and "_ve." not in name}, strict=False)
     if change.get("copy_experts", True):
         model.copy_text_experts()
-    dtype = llm.language_model.output.weight.dtype
-    logits, before = text_probe(model.to(dtype), tok)
+    weight = llm.language_model.output.weight
+    logits, before = text_probe(model.to(weight.device, weight.dtype), tok)
     before = text_loss(model, tok) if text_loss else before
     for stage in stages:
         losses = train(model, replace(stage, trainable=change.get("trainable", stage.trainable)), tok)
-    logits_after, after = text_probe(model.to(dtype), tok)
+    logits_after, after = text_probe(model.to(weight.dtype), tok)
     after = text_loss(model, tok) if text_loss else after
     # Every sample is new, so the training loss tells what was learned: its mean in each tenth of S1.2.
     tenths = torch.tensor(losses).tensor_split(min(10, len(losses)))
@@ -151,13 +151,33 @@ def named_rightly(model: MonoInternVL, tok: Tokenizer, folder: Path) -> dict:
                               for column, pairs in found.items()}}
 
 
+def icon_run(flags: train_evip.Flags, folder: Path, name: str) -> dict:
+    """Trains a variant through S1.2 with flags.lr and flags.seed on the pictures in `folder`. Returns a row
+    of OUT/results.json."""
+    stage = next(s for s in train_evip.ICONS if s.name == "S1.2")
+    _, tok, build = train_evip.origin(flags, stage, True, Path(flags.out))
+    tok.system_message = ""                        # captions come without one, so ask without one, too
+
+    def train(model, stage, tok):
+        dataset = Icons(folder, stage.name, tok, model.config, 1, flags.seed)
+        return train_logged(model, dataset, stage, flags, tok)
+
+    print(f"seed {flags.seed}: {name}, learning rate {flags.lr:g}", flush=True)
+    llm = build().to(flags.device)
+    torch.manual_seed(flags.seed)                  # new weights for all but the LLM
+    row = {"variant": name, "lr": flags.lr, "seed": flags.seed, **train_variant(
+        VARIANTS[name], llm, tok, train, [stage], lambda model: named_rightly(model, tok, folder),
+        documentation_loss)}
+    print({key: value for key, value in row.items() if key != "said"}, flush=True)
+    return row
+
+
 def icon_ablation(flags: train_evip.Flags, things: int, seeds: int) -> dict:
     """Trains each variant through S1.2 with three learning rates, on a few things of a folder that icons.py
     has prepared. OUT/results.json gets each row at once, so the same command continues after a stop."""
     train_evip.choose_device(flags)
     out, folder = Path(flags.out), Path(flags.out) / "few"
     choose_things(Path(flags.data), folder, things)
-    stage = next(s for s in train_evip.ICONS if s.name == "S1.2")
     results = {"torch": torch.__version__, "threads": torch.get_num_threads(), "things": things,
                "steps": flags.steps, "batch_size": flags.batch_size, "dtype": flags.dtype, "rows": []}
     if (out / "results.json").exists():
@@ -168,24 +188,9 @@ def icon_ablation(flags: train_evip.Flags, things: int, seeds: int) -> dict:
     for seed, k, (name, change) in itertools.product(range(flags.seed, flags.seed + seeds), range(3),
                                                      VARIANTS.items()):
         lr = (ICON_LRS_OF_ALL if "trainable" in change else ICON_LRS)[k]
-        if (name, lr, seed) in done:
-            continue
-        flags = replace(flags, seed=seed, lr=lr)
-        _, tok, build = train_evip.origin(flags, stage, True, out)
-        tok.system_message = ""                    # captions come without one, so ask without one, too
-        print(f"seed {seed}: {name}, learning rate {lr:g}", flush=True)
-
-        def train(model, stage, tok, flags=flags):
-            dataset = Icons(folder, stage.name, tok, model.config, 1, flags.seed)
-            return train_logged(model, dataset, stage, flags, tok)
-
-        row, llm = {"variant": name, "lr": lr, "seed": seed}, build()
-        torch.manual_seed(seed)                    # new weights for all but the LLM
-        row |= train_variant(change, llm, tok, train, [stage],
-                             lambda model, tok=tok: named_rightly(model, tok, folder), documentation_loss)
-        print({key: value for key, value in row.items() if key != "said"}, flush=True)
-        results["rows"].append(row)
-        (out / "results.json").write_text(json.dumps(results, indent=1))
+        if (name, lr, seed) not in done:
+            results["rows"].append(icon_run(replace(flags, seed=seed, lr=lr), folder, name))
+            (out / "results.json").write_text(json.dumps(results, indent=1))
     return results
 
 
