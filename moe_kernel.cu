@@ -377,28 +377,22 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) wgmma_kernel(cons
     float sum[1][BN / 8][4] = {};
     const int first_row = threadIdx.x / 128 * 64;  // of this warpgroup
     const uint64_t a = wgmma_descriptor(shared + first_row * BK), b = wgmma_descriptor(shared + BM * BK);
-    int k_tile = 0;
-    auto wait_for_k_tile = [&] {
+    for (int i = 0; i < AHEAD; i++) load(i);
+    // A warpgroup without tokens multiplies nothing. It still loads and waits with the others.
+    const bool has_tokens = tokens.begin + first_row < min(tokens.end, tokens.pads_begin);
+    for (int k_tile = 0; k_tile < load.num_k_tiles; k_tile++) {
         cp_async_wait<AHEAD - 1>();
         fence_proxy_async();
         __syncthreads();
-    };
-    for (int i = 0; i < AHEAD; i++) load(i);
-    // A warpgroup without tokens skips the first loop. It still loads and waits with the others.
-    const bool has_tokens = tokens.begin + first_row < min(tokens.end, tokens.pads_begin);
-    for (; k_tile < load.num_k_tiles && has_tokens; k_tile++) {
-        wait_for_k_tile();
-        wgmma_fence();
-        const int stage = k_tile % STAGES * (Tile::STAGE_SIZE / 8);  // in units of 16 bytes
+        if (has_tokens) {
+            wgmma_fence();
+            const int stage = k_tile % STAGES * (Tile::STAGE_SIZE / 8);  // in units of 16 bytes
 #pragma unroll
-        for (int k = 0; k < BK / 16; k++) wgmma(T(), sum[0], a + stage + 2 * k, b + stage + 2 * k);
-        wgmma_commit();
+            for (int k = 0; k < BK / 16; k++) wgmma(T(), sum[0], a + stage + 2 * k, b + stage + 2 * k);
+            wgmma_commit();
+        }
         load(k_tile + AHEAD);  // overwrites a stage that was free when all threads were at the barrier
         wgmma_wait<Tile::PENDING>();
-    }
-    for (; k_tile < load.num_k_tiles; k_tile++) {
-        wait_for_k_tile();
-        load(k_tile + AHEAD);
     }
     wgmma_wait<0>();
     for (int j = 0; j < BN / 8; j++) not_before(sum[0][j]);

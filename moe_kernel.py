@@ -346,8 +346,10 @@ def measured(device: torch.device, dtype: torch.dtype, product: str, k: int, m: 
                                   f"not be used; please report this line together with {file}", stacklevel=3)
         if not times:
             tiles = [t for t in tile_configs(device, dtype, product) if str(t) not in faults]
-            matrices = 4 if product == "swiglu" else 2                     # 256 MB, more than an L2 cache
-            copies = 1 + (256 << 20) // (matrices * k * m * dtype.itemsize) if on_gpu else 1
+            # 256 MB are more than an L2 cache. Small products get the weights of 32 layers, as in a model:
+            # with thousands, measuring would take minutes.
+            matrices = 4 if product == "swiglu" else 2
+            copies = min(32, 1 + (256 << 20) // (matrices * k * m * dtype.itemsize)) if on_gpu else 1
             generator = torch.Generator(device)    # its own: the user's program still draws the same numbers
             weights = [torch.randn(matrices, m, k, device=device, dtype=dtype, generator=generator)
                        .div(k ** 0.5).unbind() for _ in range(copies)]
