@@ -592,16 +592,16 @@ def train(flags: TrainFlags, result: dict):
     wide = MonoInternVLConfig.mono_internvl_1_5_2b(
         num_hidden_layers=flags.layers, vocab_size=max(1000, 92553 * flags.layers // 24),
         img_context_token_id=999)
-    smol = MonoInternVLConfig(
-        vocab_size=49163, hidden_size=576, intermediate_size=1536, num_hidden_layers=flags.icons_layers,
-        num_attention_heads=9, num_key_value_heads=3, attn_experts="qkvo", img_context_token_id=49156,
-        **train_evip.ICON_SIZES)
     semantic, instruct = train_evip.RECIPES["evip++"][2::2]
     for stage in semantic, instruct:
         samples = collate([World(stage.name, tok, tiny)[i] for i in range(stage.batch)], tok.pad_id)
         prompts = learned_prompt(wide, flags.tiles, flags.batch)
         cases = [("tiny", tiny, samples, peaks), (f"{flags.layers} of 24 layers", wide, prompts, peaks)]
         if stage is semantic and flags.icons_layers:
+            smol = MonoInternVLConfig(
+                vocab_size=49163, hidden_size=576, intermediate_size=1536, attn_experts="qkvo",
+                num_hidden_layers=flags.icons_layers, num_attention_heads=9, num_key_value_heads=3,
+                img_context_token_id=49156, **train_evip.ICON_SIZES)
             peak = ceilings(torch.bfloat16, flags)["matmul_tflops"]
             cases.append(("icons", smol, learned_prompt(smol, 1, 32, text=26), peaks | {"bfloat16": peak}))
         for case in cases:
