@@ -746,7 +746,7 @@ def report() -> int:
             "blank picture (seed 1)": f"{row['blank']:.1%}"}
             for name, row in icons[1]["tasks after S1.2"].items()]),
         "ablation_torch": ablations["torch"], "ablation": ablation_table(ablations),
-        "icon_ablation": tables_of("ablation_icons.json", "`{command}`, {hardware}, torch {torch}",
+        "icon_ablation": tables_of("ablation_icons*.json", "`{command}`, {hardware}, torch {torch}",
                                    ablation_table),
         "train": tables_of("bench_train_*.json", timed, train_tables),
         "infer": tables_of("bench_infer_*.json", timed, infer_tables),

@@ -38,13 +38,13 @@
 // 8192) takes 100.7 Mflop per token in bf16, and each expert has 100.7 MB of weights. With few tokens,
 // reading the weights takes most of the time. With many tokens, the products on the tensor cores do.
 //
-// What each refinement gains, in microseconds on an H200, for w1 and w3 of 3,392 tokens and for w2 of 64. The
-// figures are from assets/moe_kernel_h200.json.
+// What each refinement gains, in microseconds on an H100, for w1 and w3 of 3,392 tokens and for w2 of 64. The
+// figures are from assets/moe_kernel_h100.json.
 //                                                             w1, w3     w2
-//     mma.sync, 128 x 128 weight rows, 64 x 32 for 64 tokens     619     47    gemm_kernel
-//     wgmma, 128 x 256 and 64 x 64                               402     34    wgmma_kernel
-//     the same, the sum split in 8 parts                                 16    add_partial_sums_kernel
-//     torch: gather, cuBLAS and silu; cuBLAS and scatter         508     21
+//     mma.sync, 128 x 128 weight rows, 64 x 32 for 64 tokens     592     50    gemm_kernel
+//     wgmma, 128 x 256 and 64 x 64                               390     37    wgmma_kernel
+//     the same, the sum split in 4 parts                                 20    add_partial_sums_kernel
+//     torch: gather, cuBLAS and silu; cuBLAS and scatter         446     22
 // No tile is the best for all products and numbers of tokens. So moe_kernel.py measures them on the device.
 #include "cuda_on_cpu.h"
 
