@@ -368,7 +368,7 @@ def _fastest(product: tuple, tokens: int) -> tuple[int | None, float, float]:
     with the number of tokens that is nearest to this one, as a ratio."""
     times = measured(*product)
     row = times[min(times, key=lambda n: max(n, tokens) / max(1, min(n, tokens)))]
-    tile = min(row.keys() - {"torch"}, key=row.get, default=None)
+    tile = min((choice for choice in row if choice != "torch"), key=row.get, default=None)
     return tile and int(tile), row.get(tile, math.inf), row["torch"]
 
 
