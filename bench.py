@@ -742,8 +742,8 @@ def report() -> int:
              "blank picture": f"{row['blank']:.1%}"} for name, row in result["tasks"].items()])),
         "icon_seeds": table([{
             "questions": name, "number": row["n"],
-            **{f"seed {run['seed']}": f"{run['tasks after S1.2'][name]['accuracy']:.1%}" for run in icons},
-            "blank picture (seed 1)": f"{row['blank']:.1%}"}
+            **{f"{stage}, seed {run['seed']}": f"{run[tasks][name]['accuracy']:.1%}"
+               for stage, tasks in (("S1.2", "tasks after S1.2"), ("S2", "tasks")) for run in icons}}
             for name, row in icons[1]["tasks after S1.2"].items()]),
         "ablation_torch": ablations["torch"], "ablation": ablation_table(ablations),
         "icon_ablation": tables_of("ablation_icons*.json", "`{command}`, {hardware}, torch {torch}",

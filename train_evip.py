@@ -105,7 +105,7 @@ ICONS = (                                             # hours on a CPU, minutes 
     Stage("S1.1", CONCEPT, "visual", 1, 300, 6e-4, "constant", "", 32, pool=1),
     Stage("S1.2", SEMANTIC, "visual", 1, 4800, 6e-4, "cosine", "", 32, pool=1),
     Stage("S1.3", ALIGN, "visual + attention", 2, 150, 5e-5, "constant", "", 32),
-    Stage("S2", INSTRUCT, "all", 2, 200, 3e-5, "cosine", "", 32))
+    Stage("S2", INSTRUCT, "all", 2, 200, 2e-5, "cosine", "", 32))
 EPOCHS = 3                                            # of your own data without --steps and --preset [ours]
 PRESETS = {
     "tiny": RECIPES,                                  # from nothing, with its own small language model
