@@ -499,8 +499,7 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     optimizer = make_optimizer(model, flags)
     batches = Batches(dataset, batch_size, tok.pad_id, seed=flags.seed, rank=rank(), world_size=world_size(),
                       workers=flags.workers, pool=flags.pool or stage.pool, on_bad=progress.bad_sample,
-                      pack_tokens=token_limit(model.config, stage, flags) if flags.pack else None,
-                      max_bad=1.0)                 # next_batches counts the bad samples of all processes
+                      pack_tokens=token_limit(model.config, stage, flags) if flags.pack else None)
     first, newest = 0, partial and checkpoint.newest_partial(partial)
     if newest:
         first = checkpoint.load_training(newest, moments(model, optimizer), batches, batch)
