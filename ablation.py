@@ -48,7 +48,7 @@ class Flags:
     eval_questions: int = flag(100, "held-out pictures of each kind, of the embedded world")
     data: str | None = flag(None, "folder of icons.py: compare on its pictures and language model")
     things: int = flag(60, "things to learn with --data: a third from each group")
-    out: str = flag("out/ablation", "folder of the run")
+    out: str | None = flag(None, "folder of the run (default: out/ablation, with --data out/ablation_icons)")
 
 
 def train_variant(change: dict, llm: MonoInternVL, tok: Tokenizer, train, stages: list, look,
@@ -80,7 +80,8 @@ def train_logged(model: MonoInternVL, dataset, stage, flags: train_evip.Flags, t
     """Trains a stage and returns the loss of each step."""
     log = Path(flags.out) / "log.jsonl"
     if not train_evip.train_stage(model, dataset, stage, flags, train_evip.Progress(log), tok):
-        raise InputError("the ablation was stopped; the same command starts it from the beginning")
+        raise InputError("the ablation was stopped; the same command starts it again, with --data after the "
+                         "runs that are finished")
     lines = log.read_text(encoding="utf-8").splitlines()[-(flags.steps or stage.steps):]
     return [json.loads(line)["loss"] for line in lines]
 
@@ -179,16 +180,18 @@ def icon_ablation(flags: train_evip.Flags, things: int, seeds: int) -> dict:
     out, folder = Path(flags.out), Path(flags.out) / "few"
     choose_things(Path(flags.data), folder, things)
     results = {"torch": torch.__version__, "threads": torch.get_num_threads(), "things": things,
-               "steps": flags.steps, "batch_size": flags.batch_size, "dtype": flags.dtype, "rows": []}
+               "steps": flags.steps, "batch_size": flags.batch_size, "dtype": flags.dtype,
+               "device": flags.device, "rows": []}
     if (out / "results.json").exists():
         earlier = read_json(out / "results.json")
-        same = all(earlier[key] == value for key, value in results.items() if key != "rows")
+        same = all(earlier.get(key) == value for key, value in results.items() if key != "rows")
         results["rows"] = earlier["rows"] if same else []
     done = {(row["variant"], row["lr"], row["seed"]) for row in results["rows"]}
     for seed, (name, change) in itertools.product(range(flags.seed, flags.seed + seeds), VARIANTS.items()):
         lrs = ICON_LRS_OF_ALL if "trainable" in change else ICON_LRS
         if seed > flags.seed:
-            lrs = [best_lr([row for row in results["rows"] if row["variant"] == name])]
+            lrs = [best_lr([row for row in results["rows"]
+                            if row["variant"] == name and row["seed"] == flags.seed])]
         for lr in lrs:
             if (name, lr, seed) not in done:
                 results["rows"].append(icon_run(replace(flags, seed=seed, lr=lr), folder, name))
@@ -199,8 +202,8 @@ def icon_ablation(flags: train_evip.Flags, things: int, seeds: int) -> dict:
 # ---------------------------------------------------------------- the table
 
 def best_lr(rows: list[dict]) -> float | None:
-    """Of the runs of one variant: the learning rate with the lowest caption loss at the end. The first seed
-    has tried all of them."""
+    """Of the runs of one variant: the learning rate with the lowest caption loss at the end, with the first
+    seed, which has tried several."""
     first = min(row["seed"] for row in rows)
     return min((row for row in rows if row["seed"] == first),
                key=lambda row: row["caption loss"][-1]).get("lr")
@@ -237,7 +240,7 @@ def ablation_table(results: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(Flags, argv, __doc__.split("\n\n")[0])
     own = train_evip.Flags(steps=flags.steps, eval_questions=flags.eval_questions, seed=flags.seed,
-                           out=flags.out)
+                           out=flags.out or "out/ablation" + "_icons" * bool(flags.data))
     try:
         if flags.seeds < 1 or flags.things < 6:    # as many of each of three groups
             raise InputError(f"--seeds is {flags.seeds}, expected at least 1; --things {flags.things}, "

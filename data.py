@@ -819,7 +819,7 @@ class Batches:
 
     A bad sample (InputError, or longer than pack_tokens) is left out and reported once by on_bad(index,
     message), by default on stderr. `bad` maps index to message, `seen` counts all samples read; see
-    too_many_bad. Raises InputError if all samples are bad.
+    too_many_bad. Raises InputError if all samples are bad, or the first 1000.
     """
 
     # A saved order is continued with the same values of these.
@@ -892,8 +892,8 @@ class Batches:
             if i not in self.bad:
                 self.bad[i] = error
                 self.on_bad(i, error)
-            if len(self.bad) == self.size:
-                raise InputError(f"all {self.size} samples are unreadable. The last: {error}")
+            if len(self.bad) == self.size or len(self.bad) == self.seen == 1000:
+                raise InputError(f"all {len(self.bad)} samples are unreadable. The last: {error}")
 
     def next_batch(self, source) -> list[list[dict]]:
         """The next batch: for each row, a list of one sample."""

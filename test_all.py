@@ -2154,6 +2154,7 @@ def test_epochs_and_seeds_differ_and_too_many_bad_samples_or_another_order_are_r
     ids(30, range(5))
     assert capsys.readouterr().err.count("bad sample, left out: line") == 5
     for options, message in (({"bad": range(10)}, "all 10 samples are unreadable"),
+                             ({"dataset": Samples([9] * 9999, range(9999))}, "all 1000 samples are unread"),
                              ({"pack_tokens": 8}, "sample .: 9 tokens, a packed row has 8")):
         with pytest.raises(InputError, match=message):
             ids(30, **options)
@@ -2837,7 +2838,7 @@ def test_one_command_measures_everything_and_the_report_shows_it(tmp_path, monke
     for name in bench.QUICK:
         assert f"#### `assets/bench_{name}_" in report
     assert "| icons, float32 |" in report and "| icons, bfloat16 |" in report
-    assert bench.main(["train", *"--rounds 2 --tiny_rounds 2 --icons_layers 0".split()]) == 0      # on a GPU
+    assert bench.main(["train", *"--rounds 2 --tiny_rounds 2 --icons_layers 0".split()]) == 0
 
 
 # ---------------------------------------------------------------- the kernel: what it computes
