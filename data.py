@@ -818,8 +818,8 @@ class Batches:
     again the longest sample that still fits. `utilisation` is the filled share of batch_size · pack_tokens.
 
     A bad sample (InputError, or longer than pack_tokens) is left out and reported once by on_bad(index,
-    message), by default on stderr. `bad` maps index to message, `seen` counts all samples read; see
-    too_many_bad. Raises InputError if all samples are bad, or the first 1000.
+    message), by default on stderr. `bad` maps index to message, `seen` counts all samples read. Raises
+    InputError if the share of bad samples is above max_bad.
     """
 
     # A saved order is continued with the same values of these.
@@ -827,8 +827,8 @@ class Batches:
 
     def __init__(self, dataset: Dataset, batch_size: int, pad_token_id: int, *, seed: int = 0, rank: int = 0,
                  world_size: int = 1, workers: int = 0, pack_tokens: int | None = None, pool: int = 8,
-                 on_bad: Callable[[int, str], None] | None = None):
-        self.dataset, self.pad_token_id, self.workers = dataset, pad_token_id, workers
+                 max_bad: float = 0.01, on_bad: Callable[[int, str], None] | None = None):
+        self.dataset, self.pad_token_id, self.workers, self.max_bad = dataset, pad_token_id, workers, max_bad
         self.batch_size, self.pool, self.pack_tokens = batch_size, pool, pack_tokens
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.size = len(dataset) if hasattr(dataset, "__len__") else None
@@ -892,8 +892,10 @@ class Batches:
             if i not in self.bad:
                 self.bad[i] = error
                 self.on_bad(i, error)
-            if len(self.bad) == self.size or len(self.bad) == self.seen == 1000:
-                raise InputError(f"all {len(self.bad)} samples are unreadable. The last: {error}")
+                if problem := too_many_bad(len(self.bad), self.seen, self.size or sys.maxsize, self.max_bad):
+                    raise InputError(f"{problem}. The last: {error}")
+            if len(self.bad) == self.size:
+                raise InputError(f"all {self.size} samples are unreadable. The last: {error}")
 
     def next_batch(self, source) -> list[list[dict]]:
         """The next batch: for each row, a list of one sample."""

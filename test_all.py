@@ -2151,10 +2151,10 @@ def test_epochs_and_seeds_differ_and_too_many_bad_samples_or_another_order_are_r
         def __getitem__(self, i):
             return {**Samples([1])[0], "id": i}
     assert ids(3, dataset=Endless(), batch_size=2, rank=1, world_size=3) == [1, 4, 7, 10, 13, 16]
-    ids(30, range(5))
+    ids(30, range(5), max_bad=0.5)
     assert capsys.readouterr().err.count("bad sample, left out: line") == 5
-    for options, message in (({"bad": range(10)}, "all 10 samples are unreadable"),
-                             ({"dataset": Samples([9] * 9999, range(9999))}, "all 1000 samples are unread"),
+    for options, message in (({"bad": range(6), "max_bad": 0}, r"1 of the \d+ samples .* unreadable; --max"),
+                             ({"bad": range(10), "max_bad": 0.5}, "all 10 samples are unreadable"),
                              ({"pack_tokens": 8}, "sample .: 9 tokens, a packed row has 8")):
         with pytest.raises(InputError, match=message):
             ids(30, **options)
@@ -2213,7 +2213,7 @@ def test_batches_are_those_of_a_naive_loop_wherever_the_order_is_saved_and_resto
 
     def new():
         return Batches(samples, batch_size, 0, seed=seed, rank=rank, world_size=world_size, workers=workers,
-                       pool=pool, pack_tokens=limit, on_bad=lambda i, _: named.append(i))
+                       pool=pool, pack_tokens=limit, max_bad=1, on_bad=lambda i, _: named.append(i))
     source, tokens, room = new(), 0, 0
     for steps in [*stops, 2]:
         for batch, rows in zip(itertools.islice(source, steps), expected, strict=False):
@@ -2238,7 +2238,7 @@ def test_another_number_of_processes_loses_no_sample_and_reads_none_twice(length
     unreadable = {i for i, tokens in enumerate(lengths) if i in bad or tokens > (limit or 9)}
     assume(len(unreadable) < len(lengths))
     for steps in [*runs, [0]]:                     # the last run only tells what is still to come
-        processes = [Batches(samples, 1, 0, seed=seed, rank=rank, world_size=len(steps), pool=2,
+        processes = [Batches(samples, 1, 0, seed=seed, rank=rank, world_size=len(steps), pool=2, max_bad=1,
                              pack_tokens=limit, on_bad=lambda *_: None) for rank in range(len(steps))]
         for batches, n in zip(processes, steps, strict=True):
             if states:
@@ -5036,8 +5036,9 @@ def test_own_data_is_read_three_times_and_bad_samples_are_left_out_and_named(les
     assert re.search(r"lines.jsonl:6: \d+ tokens, the limit is 1024", long)            # the model's context
     # A checkpoint is asked with the tiles that the stage was trained with, not with the data set's one.
     assert MonoInternVL.from_pretrained(out / "S2").config.max_dynamic_patch == 24
-    assert train_evip.main([*flags, "--steps=9", "--max_bad=0"]) == 1
-    assert re.search("[0-9]+ of the [0-9]+ samples .*--max_bad 0 ", capsys.readouterr().err)
+    for stopped in ["--steps=9"], ["--dry_run"]:
+        assert train_evip.main([*flags, *stopped, "--max_bad=0"]) == 1
+        assert re.search("[0-9]+ of the [0-9]+ samples .*--max_bad 0 ", capsys.readouterr().err)
 
 
 def test_what_cannot_be_trained_is_refused_before_the_first_step(lessons, world_tok, tmp_path, capsys):

@@ -499,7 +499,8 @@ def train_stage(model: MonoInternVL, dataset, stage: Stage, flags: Flags, progre
     optimizer = make_optimizer(model, flags)
     batches = Batches(dataset, batch_size, tok.pad_id, seed=flags.seed, rank=rank(), world_size=world_size(),
                       workers=flags.workers, pool=flags.pool or stage.pool, on_bad=progress.bad_sample,
-                      pack_tokens=token_limit(model.config, stage, flags) if flags.pack else None)
+                      pack_tokens=token_limit(model.config, stage, flags) if flags.pack else None,
+                      max_bad=1.0)                 # next_batches counts the bad samples of all processes
     first, newest = 0, partial and checkpoint.newest_partial(partial)
     if newest:
         first = checkpoint.load_training(newest, moments(model, optimizer), batches, batch)
@@ -664,7 +665,7 @@ def dry_run(stages: list[Stage], done: list[str], flags: Flags, out: Path, proce
         size, accum, samples = batch_plan(model, stages[0], flags, processes)
         dataset, _ = load_data(stages[0], tok, config, flags, samples)
         limit = token_limit(config, stages[0], flags) if flags.pack else None
-        batch = next(iter(Batches(dataset, size, tok.pad_id, seed=flags.seed,
+        batch = next(iter(Batches(dataset, size, tok.pad_id, seed=flags.seed, max_bad=flags.max_bad,
                                   pool=flags.pool or stages[0].pool, pack_tokens=limit)))
         print(f"\n{stages[0].name}: {accum} × {processes} × {size} rows a step. The first batch has the "
               f"shape {tuple(batch['input_ids'].shape)}. What is learned stands between » and «:")
