@@ -479,8 +479,8 @@ def infer_tables(result: dict) -> str:
     milliseconds. A CPU reads a prompt in seconds."""
     parts = [f"{result['layers']} of 24 layers of full width, {result['parameters'] / 1e6:.0f} M parameters."]
     for kind, (title, by) in MEASURED.items():
-        slow = kind == "prefill" and result["device"] == "cpu"
-        unit, scale, digits = ("s", 1, 3) if slow else ("ms", 1e3, 2)
+        in_seconds = kind == "prefill" and result["device"] == "cpu"
+        unit, scale, digits = ("s", 1, 3) if in_seconds else ("ms", 1e3, 2)
         groups, lines, names = {}, [], dict.fromkeys(r[by] for r in result[kind])
         for r in result[kind]:
             groups.setdefault((r["dtype"], r["batch"], r["tiles"]), {})[r[by]] = r

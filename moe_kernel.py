@@ -450,7 +450,9 @@ def _weight_gradients(dy: Tensor, x: Tensor, counts: Tensor, experts: list[int])
             return _launch_weight_gradients(dy, x, counts, experts)
         if grouped_mm and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9:
             both = grouped_mm(dy.contiguous().T, x.contiguous(), offs=counts.cumsum(0, dtype=torch.int32))
-            return both if len(experts) == 2 else both.narrow(0, experts[0], 1).clone()    # no view of both
+            if len(experts) == 2:
+                return both
+            return both.narrow(0, experts[0], 1).clone()   # a result must not be a view, as register_fake's
         if not torch.cuda.is_current_stream_capturing() and _gradient_is_right(x.device, x.dtype):
             return _launch_weight_gradients(dy, x, counts, experts)
     return torch.stack([_one_weight_gradient(dy, x, counts, expert) for expert in experts])

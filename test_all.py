@@ -3461,15 +3461,20 @@ def test_what_was_measured_is_kept_until_device_or_software_change_or_its_file_i
     assert measured_again(*asked).keys() == {64}, "where nothing can be kept, it is measured again"
 
 
-@on_a_gpu
-def test_a_small_product_is_measured_with_the_weights_of_32_layers(device, tmp_path, monkeypatch):
-    gpu, copies = torch.device(device), []
-    monkeypatch.setattr(moe_kernel.library(gpu), "table", tmp_path / "measured.json")
-    monkeypatch.setattr(moe_kernel, "tile_configs", lambda *_: [1, 2, 201])
-    monkeypatch.setattr(moe_kernel, "_microseconds", lambda device, call, n: copies.append(n) or 1.0)
-    for width in 8, 2048:                          # 2048: 17 times 16.8 MB
-        measured_again(gpu, torch.bfloat16, "w2", width, width)
-    assert [*dict.fromkeys(copies)] == [32, 17]
+def test_a_product_is_measured_with_many_weights_but_with_those_of_32_layers_at_most(tmp_path, monkeypatch):
+    """Thousands of tiny ones would take minutes. Of 2048 × 2048, 17 times 16.8 MB are more than an L2 cache."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    loaded = SimpleNamespace(table=tmp_path / "a.json", device_name="a GPU", moe_driver_version=lambda: 13)
+    monkeypatch.setattr(moe_kernel, "library", lambda device: loaded)
+    monkeypatch.setattr(moe_kernel, "tile_configs", lambda *_: [2])
+    monkeypatch.setattr(moe_kernel, "_find_fault", lambda *_: "")
+    monkeypatch.setattr(moe_kernel, "_measure", lambda product, n, weights, tiles: {"2": len(weights)})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "Generator", lambda device: None)
+    with FakeTensorMode():
+        counted = [measured_again(torch.device("cuda"), torch.bfloat16, "w2", width, width)[64]["2"]
+                   for width in (8, 2048)]
+    assert counted == [32, 17]
 
 
 @pytest.mark.slow
