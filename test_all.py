@@ -3462,7 +3462,7 @@ def test_what_was_measured_is_kept_until_device_or_software_change_or_its_file_i
 
 
 def test_a_product_is_measured_with_many_weights_but_with_those_of_32_layers_at_most(tmp_path, monkeypatch):
-    """Thousands of tiny ones would take minutes. Of 2048 × 2048, 17 times 16.8 MB are more than an L2 cache."""
+    """Thousands of tiny ones would take minutes. Of 2048 × 2048, 17 copies are more than an L2 cache."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     loaded = SimpleNamespace(table=tmp_path / "a.json", device_name="a GPU", moe_driver_version=lambda: 13)
     monkeypatch.setattr(moe_kernel, "library", lambda device: loaded)
